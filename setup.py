@@ -1,0 +1,11 @@
+"""Package list of the two import packages: `iomm` and `iomm_kernels` (which lies in kernels/, a folder that is no package:
+the top-level name `kernels` belongs to another project that transformers looks for). Everything else is in pyproject.toml.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["iomm", "iomm.*"])
+    + find_packages(where="kernels", include=["iomm_kernels", "iomm_kernels.*"]),
+    package_dir={"iomm_kernels": "kernels/iomm_kernels"},
+)

@@ -1,0 +1,327 @@
+"""Every setting of a run, as frozen dataclasses.
+
+A configuration is a Python function that returns a `Config`; a variant is `dataclasses.replace(...)`; the command line
+changes single values with `--set optimizer.lr=2e-4`. Building one touches no network, no file and no GPU.
+
+Units are in the names: `_px` pixels, `_steps` optimizer steps, `_images` samples, `_tokens` sequence positions.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """FLUX-family MM-DiT (method.md section 3)."""
+
+    hidden_size: int
+    heads: int
+    double_blocks: int  # separate weights for the condition and the image stream
+    single_blocks: int = 0  # shared weights
+    mlp_ratio: float = 4.0
+    rope_axes: tuple[int, int, int] = (16, 56, 56)  # head channels given to (frame, row, column); sum = head size
+    rope_theta: float = 10_000.0
+    token_channels: int = 64  # numbers in one latent token: 16 latent channels x 2 x 2 patch
+    condition_width: int  # channels of a condition token as the connector hands it over
+    pooled_width: int | None = None  # FLUX.1's pooled text vector; None: the model takes none
+    guidance_embedding: bool = False  # FLUX-dev's distilled guidance input
+    predict: Literal["velocity", "clean"] = "velocity"  # what the network's output means; the loss is on the velocity
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.heads == 0,
+            f"generator.hidden_size {self.hidden_size} is not divisible by generator.heads {self.heads}. "
+            "Choose heads that divide it.",
+        )
+        head_size = self.hidden_size // self.heads
+        _require(
+            sum(self.rope_axes) == head_size and all(a % 2 == 0 for a in self.rope_axes),
+            f"generator.rope_axes {self.rope_axes} must be even and sum to the head size {head_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MllmConfig:
+    """The frozen multimodal LLM that turns images and captions into conditions."""
+
+    path: str  # a folder in the Hugging Face layout, or a hub name
+    revision: str | None = None  # hub revision; None: the folder as it is
+    max_caption_tokens: int = 128  # a longer caption is an error, never cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """The frozen autoencoder between pixels and latents."""
+
+    path: str  # a folder with a diffusers autoencoder, or a hub name
+    revision: str | None = None
+    patch: int = 2  # latent pixels a side in one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """What stands between the MLLM's output and the generator."""
+
+    kind: Literal["linear", "mlp", "transformer"] = "transformer"
+    layers: int = 6  # of kind "transformer"
+    heads: int = 12  # of kind "transformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """The condition (method.md section 2): mask, residual query adapter, prompts, null."""
+
+    queries: int = 256  # learned query tokens of the residual query adapter (RQA); 0: no adapter, condition_tokens = all
+    adapter_heads: int = 16
+    condition_tokens: Literal["queries", "all"] = "queries"  # which output positions the generator attends to
+    mask_mode: Literal["zero", "hide", "drop"] = "zero"
+    mask_ratio: float = 0.85  # probability that a patch token is masked
+    aux_prompt: str = "Generate an image that is identical to the reference image:"
+    null_prompt: str = "Generate an image."
+    null_probability: float = 0.1  # per sample, during training
+    prefix_split: bool = True  # run the frozen prefix without gradients; False: the naive full pass, for comparison
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("mask_ratio", "null_probability"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1.0, f"condition.{name} {value} must lie in [0, 1].")
+        _require(self.queries >= 0, f"condition.queries {self.queries} must not be negative.")
+        _require(
+            self.queries > 0 or self.condition_tokens == "all",
+            "condition.queries is 0, so there are no query positions to attend to. Set condition.condition_tokens=all.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow matching (method.md section 1)."""
+
+    timestep: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0  # resolution shift s: t' = s t / (1 + (s - 1) t); 1 = none
+    min_timestep: float = 0.05  # clamp of t in v = (x_t - x) / t when the network predicts the clean latent
+
+    def __post_init__(self) -> None:
+        _require(self.shift > 0, f"flow.shift {self.shift} must be positive; 1 means no shift.")
+        _require(self.logit_std > 0, f"flow.logit_std {self.logit_std} must be positive.")
+        _require(0 < self.min_timestep < 1, f"flow.min_timestep {self.min_timestep} must lie in (0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """WebDataset shards and how they mix."""
+
+    images: tuple[str, ...]  # glob patterns of tar shards; every sample serves as an unlabeled image
+    pairs: tuple[str, ...] = ()  # shards of which only the captioned samples serve as text-image pairs
+    heldout: tuple[str, ...] = ()  # captioned shards no training step sees; for evaluation
+    mix_ratio: float = 1.0  # lambda: share of image-only samples; 1 = images only, 0 = pairs only
+    image_px: int = 512  # side of the square training image
+    cache_dir: str | None = None  # keep latents and ViT features here, keyed by content hash; None: encode every time
+    decode_threads: int = 4
+    prefetch_batches: int = 2
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.mix_ratio <= 1.0, f"data.mix_ratio {self.mix_ratio} must lie in [0, 1].")
+        _require(
+            self.mix_ratio == 1.0 or bool(self.pairs),
+            f"data.mix_ratio {self.mix_ratio} asks for text-image pairs, but data.pairs is empty. "
+            "Name shards with captions, or set data.mix_ratio=1.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with clipping, warm-up and an EMA of the weights (method.md section 4)."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 1000
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: float = 0.0  # where "cosine" ends
+    ema_decay: float | None = 0.999  # None: no EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is laid over ranks. Data parallelism is world size / (tp * pp)."""
+
+    tp: int = 1  # tensor parallelism
+    pp: int = 1  # pipeline parallelism
+    distributed_optimizer: bool = True  # shard the optimizer state over the data-parallel ranks
+    backend: Literal["auto", "local", "te"] = "auto"  # whose layers: Megatron-Core's own, or Transformer Engine's
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    global_batch_images: int
+    micro_batch_images: int
+    seed: int = 0
+    precision: Literal["fp32", "fp64", "bf16"] = "bf16"  # compute; master weights are fp32 (fp64 for tests)
+    init_from: str | None = None  # a run or checkpoint whose weights (EMA if kept) start this run; stage 2 names stage 1 here
+    save_every_steps: int = 1000
+    keep_last: int = 3  # checkpoints kept
+    eval_every_steps: int = 1000
+    eval_images: int = 128  # held-out samples of one evaluation
+    sample_every_steps: int = 1000
+    sample_steps: int = 25  # Euler steps of the sample grids
+    sample_guidance: float = 3.0
+    abort_after_bad_steps: int = 10  # consecutive NaN/Inf steps before the run stops
+    log_every_steps: int = 10
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_images", "micro_batch_images", "keep_last", "log_every_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be at least 1.")
+        _require(
+            self.global_batch_images % self.micro_batch_images == 0,
+            f"train.global_batch_images {self.global_batch_images} is not a multiple of "
+            f"train.micro_batch_images {self.micro_batch_images}. Change one of them.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    name: str
+    generator: GeneratorConfig
+    mllm: MllmConfig
+    codec: CodecConfig
+    data: DataConfig
+    train: TrainConfig
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    out_dir: str = "runs"  # the run's folder is out_dir/name
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out_dir) / self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
+        """
+        return _build(cls, data, "")
+
+    def override(self, settings: list[str]) -> "Config":
+        """Apply `a.b=c` settings in order. Values are JSON where they parse as such (`null`, `3e-4`, `[1,2]`), else text.
+
+        Raises:
+            ValueError: no `=`, an unknown key (did you mean), a wrong type, or a value that breaks a rule.
+        """
+        data = self.to_dict()
+        for setting in settings:
+            key, sep, raw = setting.partition("=")
+            _require(bool(sep), f"--set {setting!r} has no '='. Write it as section.name=value, e.g. --set optimizer.lr=2e-4.")
+            node: Any = data
+            parts = key.strip().split(".")
+            for depth, part in enumerate(parts):
+                if not isinstance(node, dict) or part not in node:
+                    prefix = ".".join(parts[:depth])
+                    raise ValueError(_unknown(part, list(node) if isinstance(node, dict) else [], prefix))
+                if depth == len(parts) - 1:
+                    _require(
+                        not isinstance(node[part], dict),
+                        f"{key} is a section, not a value. Set one of its keys: {', '.join(node[part] or ())}."
+                        if isinstance(node[part], dict)
+                        else "",
+                    )
+                    node[part] = _parse(raw)
+                node = node[part]
+        return Config.from_dict(data)
+
+
+def _parse(raw: str) -> Any:
+    text = {"True": "true", "False": "false", "None": "null"}.get(raw.strip(), raw.strip())
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return raw
+
+
+def _unknown(key: str, known: list[str], prefix: str) -> str:
+    full = f"{prefix}.{key}" if prefix else key
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"Known: {', '.join(sorted(known)) or 'none'}."
+    return f"unknown setting {full}. {hint}"
+
+
+def _build(cls: Any, data: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of dataclass `cls` from plain data, every key and type checked."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            raise ValueError(_unknown(key, list(fields), prefix))
+    values = {}
+    for name, spec in fields.items():
+        full = f"{prefix}.{name}" if prefix else name
+        if name in data:
+            values[name] = _coerce(hints[name], data[name], full)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ValueError(f"setting {full} is missing and has no default.")
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, name: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, Mapping), f"setting {name} must be a section, got {value!r}.")
+        return _build(kind, value, name)
+    if origin is Literal:
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        _require(value in args, f"setting {name} is {value!r}; it must be one of {', '.join(map(str, args))}.{hint}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            _require(type(None) in args, f"setting {name} must not be null.")
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, name)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        _require(isinstance(items, list | tuple), f"setting {name} must be a list, got {value!r}.")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_coerce(args[0], v, name) for v in items)
+        _require(len(items) == len(args), f"setting {name} must have {len(args)} values, got {len(items)}.")
+        return tuple(_coerce(a, v, name) for a, v in zip(args, items, strict=True))
+    return _scalar(kind, value, name)
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # `--set name=7` parses as a number
+    ok = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    _require(ok, f"setting {name} must be {kind.__name__}, got {value!r} ({type(value).__name__}).")
+    return value

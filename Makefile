@@ -21,7 +21,7 @@ test: setup  ## the test suite
 lint: setup  ## ruff, basedpyright, import-linter
 	@$(PY) -m ruff check .
 	@$(PY) -m basedpyright --pythonpath $(PY) --level error
-	@$(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
+	@PYTHONPATH=.:kernels $(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 smoke: setup  ## five training steps of stage 1
 	@$(PY) -m iomm.cli train examples/configs/tiny_stage1.py --set name=smoke --set train.steps=5 $(ARGS)

@@ -80,7 +80,7 @@ main() {
 
     if [ ! -e "$venv" ]; then
         python=$(find_python)
-        say "[1/3] making .venv with $python (seconds)"
+        say "[1/2] making .venv with $python (seconds)"
         "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python could not make $venv. Name another: PYTHON=..."; }
     fi
     version=$(describe "$venv/bin/python") || fail "$venv does not hold a working Python. Remove that folder and run this again."
@@ -91,10 +91,8 @@ main() {
     if [ "$free_kib" -lt 8000000 ]; then
         say "bootstrap: only $((free_kib / 1048576)) GiB free here; the CUDA build of torch and its libraries take about 6 GB."
     fi
-    say "[2/3] updating pip (seconds)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-    say "[3/3] installing iomm with its test tools (about 3 minutes and 6 GB of disk on a first call; torch is most of it)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[test]" ||
+    say "[2/2] installing iomm with its test tools (about 3 minutes and 6 GB of disk on a first call; torch is most of it)"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$root[test]" ||
         fail "the installation failed; pip's message is above. Free disk or set pip's index as your site needs, then run this again:" \
             "it goes on where it stopped."
     checksum >"$stamp"

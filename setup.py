@@ -1,5 +1,7 @@
-"""Package list of the two import packages: `iomm` and `iomm_kernels` (which lies in kernels/, a folder that is no package:
-the top-level name `kernels` belongs to another project that transformers looks for). Everything else is in pyproject.toml.
+"""Package list of the two import packages, `iomm` and `iomm_kernels`. Everything else is in pyproject.toml.
+
+`iomm_kernels` lies in kernels/, a folder that is no package itself: the top-level name `kernels` belongs to another
+project that transformers looks for.
 """
 
 from setuptools import find_packages, setup

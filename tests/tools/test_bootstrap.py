@@ -1,4 +1,4 @@
-"""tools/bootstrap.sh: which Python it picks, and what it says when there is none. Nothing is installed here."""
+"""tools/bootstrap.sh: which Python it picks, and what it says when there is none. Nothing is installed."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ BOOTSTRAP = Path(__file__).parents[2] / "tools" / "bootstrap.sh"
 
 
 def fake_python(path: Path, version: str) -> Path:
-    """An executable that answers the bootstrap's question like Python `version` (empty: it fails like a bare pyenv shim)."""
+    """An executable that answers the bootstrap's question like Python `version`; "" fails like a bare pyenv shim."""
     path.parent.mkdir(parents=True, exist_ok=True)
     answer = f'echo "{version} {path}"' if version else 'echo "pyenv: command not found" >&2; exit 127'
     path.write_text(f"#!/bin/sh\n{answer}\n")
@@ -18,14 +18,15 @@ def fake_python(path: Path, version: str) -> Path:
 
 
 def find(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `bootstrap.sh --find` where PATH holds only tmp_path/bin and the few system tools, none of them a Python."""
+    """Run `bootstrap.sh --find` where PATH holds only tmp_path/bin and a few system tools, none a Python."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     for name in ("bash", "dirname", "env"):
         source = next(p for folder in ("/bin", "/usr/bin") if (p := Path(folder) / name).exists())
         if not (tools / name).exists():
             (tools / name).symlink_to(source)
-    env = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{tools}", "HOME": str(tmp_path), "IOMM_PYTHON_ROOTS": "", **variables}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{tools}"
+    env = {"PATH": path, "HOME": str(tmp_path), "IOMM_PYTHON_ROOTS": "", **variables}
     return subprocess.run([str(BOOTSTRAP), "--find"], env=env, capture_output=True, text=True, check=False)
 
 

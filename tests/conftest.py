@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported anywhere: two cores are all the tests may count on, and one thread sums reproducibly.
+# Before torch is imported anywhere: tests may count on two cores only, and one thread sums reproducibly.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")

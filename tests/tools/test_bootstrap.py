@@ -9,7 +9,7 @@ BOOTSTRAP = Path(__file__).parents[2] / "tools" / "bootstrap.sh"
 
 
 def fake_python(path: Path, version: str) -> Path:
-    """An executable that answers the bootstrap's question like Python `version`; "" fails like a bare shim."""
+    """An executable that answers the bootstrap's question like `version`; "" fails like a bare shim."""
     path.parent.mkdir(parents=True, exist_ok=True)
     answer = f'echo "{version} {path}"' if version else 'echo "pyenv: command not found" >&2; exit 127'
     path.write_text(f"#!/bin/sh\n{answer}\n")

@@ -1,0 +1,250 @@
+"""Global sample indices to decoded batches, in order, with prefetch, and with exact resume for free.
+
+B = samples of a batch, C = 3 channels, H = W = data.image_px.
+
+    index -> mixture: image or pair, and its position in that source
+          -> epoch = position // n, sample = permute(position % n; seed, epoch)     (no list is held)
+          -> read, decode
+
+Nothing here depends on the rank, the number of threads or what was asked for before: `Loader.sample(index)`
+is a function of the shards, the configuration and the seed. A run that resumes at step s asks for step s's
+indices and has the same samples.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iomm.config import DataConfig
+from iomm.data.cache import cache_key
+from iomm.data.decode import decode_image
+from iomm.data.errors import BadSample, BadSampleReport
+from iomm.data.mixture import Kind, draw
+from iomm.data.shards import ShardSet
+from iomm.random import permute
+
+_PAIR_ORDER = 0x9E3779B9  # sets the order of pairs apart from that of images, which often are the same shards
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded sample."""
+
+    index: int  # global sample index; in a held-out batch the position there
+    key: str  # the sample key in its shard
+    content_hash: str  # `cache_key` of the image file
+    image_CHW: Tensor  # uint8
+    caption: str | None  # None for an image-only sample, even if its shard has a caption
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples stacked, in the order of the indices asked for."""
+
+    index_B: Tensor  # int64, on the CPU
+    keys: tuple[str, ...]
+    hashes: tuple[str, ...]
+    image_BCHW: Tensor  # uint8, on the CPU
+    captions: tuple[str | None, ...]
+
+    @staticmethod
+    def stack(samples: Sequence[Sample]) -> "Batch":
+        """A batch of at least one sample."""
+        return Batch(
+            index_B=torch.tensor([s.index for s in samples], dtype=torch.int64),
+            keys=tuple(s.key for s in samples),
+            hashes=tuple(s.content_hash for s in samples),
+            image_BCHW=torch.stack([s.image_CHW for s in samples]),
+            captions=tuple(s.caption for s in samples),
+        )
+
+
+def global_batch_indices(
+    step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
+) -> list[list[int]]:
+    """Global sample indices of one rank's micro-batches at one step.
+
+    Step s covers [s * global_batch, (s + 1) * global_batch). Each micro-batch covers micro_batch * dp_size
+    consecutive samples, of which rank r takes the r-th slice, so all ranks together see the same samples
+    whatever the split.
+
+    Raises:
+        ValueError: global_batch is not divisible by micro_batch * dp_size, or a number is out of range.
+    """
+    if step < 0 or min(global_batch, micro_batch, dp_size) < 1 or not 0 <= dp_rank < dp_size:
+        raise ValueError(
+            f"step {step}, global batch {global_batch}, micro-batch {micro_batch}, data-parallel rank "
+            f"{dp_rank} of {dp_size}: the step must not be negative, sizes must be at least 1, and "
+            "the rank must lie in [0, dp_size)."
+        )
+    across = micro_batch * dp_size
+    if global_batch % across:
+        raise ValueError(
+            f"global batch {global_batch} is not divisible by micro-batch * data-parallel size = "
+            f"{micro_batch}*{dp_size} = {across}. "
+            "Change train.global_batch_images or train.micro_batch_images, or launch another number of ranks."
+        )
+    starts = range(step * global_batch + dp_rank * micro_batch, (step + 1) * global_batch, across)
+    return [list(range(start, start + micro_batch)) for start in starts]
+
+
+class Loader:
+    """Samples by global index. Safe to call from several threads."""
+
+    def __init__(self, data: DataConfig, seed: int, *, on_bad: Callable[[BadSampleReport], None]) -> None:
+        """Open the shards that the run will draw from, so that a missing one is said before training starts.
+
+        Args:
+            data: shards, mix ratio, image side, decoding threads.
+            seed: of the order of samples.
+            on_bad: told of each unreadable sample once. Called from decoding threads, one call at a time.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `ShardSet.open`; or a setting out of range.
+        """
+        if data.decode_threads < 1:
+            raise ValueError(f"data.decode_threads {data.decode_threads} must be at least 1.")
+        if data.prefetch_batches < 0:
+            raise ValueError(
+                f"data.prefetch_batches {data.prefetch_batches} must not be negative; 0 means no prefetch."
+            )
+        self._data = data
+        self._seed = seed
+        self._on_bad = on_bad
+        self._sources: dict[Kind, ShardSet] = {}
+        if data.mix_ratio > 0:
+            self._sources["image"] = ShardSet.open(data.images)
+        if data.mix_ratio < 1:
+            self._sources["pair"] = ShardSet.open(data.pairs, captioned_only=True)
+        self._heldout = ShardSet.open(data.heldout, captioned_only=True) if data.heldout else None
+        # By source: a sample whose caption is bad is no pair, and still a good image wherever it is one.
+        self._unreadable: set[tuple[ShardSet, int]] = set()
+        self._reported: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def size(self, kind: Kind) -> int:
+        """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
+        return len(self._sources[kind]) if kind in self._sources else 0
+
+    @property
+    def heldout_size(self) -> int:
+        """Captioned held-out samples, readable or not."""
+        return len(self._heldout) if self._heldout else 0
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a global index: a pure function.
+
+        An unreadable sample is reported and replaced by the next one in its epoch's order.
+
+        Raises:
+            ValueError: a negative index, or no readable image in the whole source.
+        """
+        kind, position = draw(index, self._data.mix_ratio)
+        source = self._sources[kind]
+        epoch, place = divmod(position, len(source))
+        seed = self._seed if kind == "image" else self._seed ^ _PAIR_ORDER
+        for attempt in range(len(source)):
+            i = permute((place + attempt) % len(source), len(source), seed, epoch)
+            found = self._read(source, i, index, with_caption=kind == "pair")
+            if found is not None:
+                return found
+        patterns = self._data.images if kind == "image" else self._data.pairs
+        raise ValueError(
+            f"no readable image among the {len(source)} samples of {', '.join(patterns)}. "
+            "Each one's reason was reported. Check that the shards hold JPEG, PNG or WebP files."
+        )
+
+    def stream(self, index_batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """Batches of the given global sample indices, in order, decoded ahead by threads.
+
+        There are `data.decode_threads` of them. At most `data.prefetch_batches` batches are decoded beyond the one being handed out. An error is
+        raised where its batch would have come. The threads end when the iterator ends or is closed.
+        """
+        ahead = self._data.prefetch_batches + 1
+        batches = iter(index_batches)
+        pending: deque[list[Future[Sample]]] = deque()
+        pool = ThreadPoolExecutor(self._data.decode_threads, thread_name_prefix="iomm-decode")
+        try:
+            more = True
+            while True:
+                while more and len(pending) < ahead:
+                    futures, more = self._submit_next(pool, batches)
+                    if futures:
+                        pending.append(futures)
+                if not pending:
+                    return
+                yield Batch.stack([future.result() for future in pending.popleft()])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def heldout(self, n: int) -> Batch:
+        """The first n readable held-out samples in shard order, with captions. `index_B` is 0 ... n - 1.
+
+        Raises:
+            ValueError: `data.heldout` is empty or has fewer readable captioned samples than n; or n < 1.
+        """
+        if n < 1:
+            raise ValueError(f"{n} held-out samples were asked for; at least 1 is needed.")
+        samples: list[Sample] = []
+        for i in range(self.heldout_size):
+            if len(samples) == n:
+                break
+            assert self._heldout is not None
+            found = self._read(self._heldout, i, len(samples), with_caption=True)
+            if found is not None:
+                samples.append(found)
+        if len(samples) < n:
+            raise ValueError(
+                f"data.heldout {list(self._data.heldout)} has {len(samples)} readable captioned samples, "
+                f"fewer than the {n} asked for. Lower train.eval_images or name more shards."
+            )
+        return Batch.stack(samples)
+
+    def _submit_next(
+        self, pool: ThreadPoolExecutor, batches: Iterator[Sequence[int]]
+    ) -> tuple[list[Future[Sample]], bool]:
+        """Futures of the next batch's samples, and whether more batches may follow.
+
+        What `batches` itself raises becomes a failed future: the batches before it are handed out first.
+        """
+        try:
+            indices = next(batches, None)
+        except Exception as error:
+            failed: Future[Sample] = Future()
+            failed.set_exception(error)
+            return [failed], False
+        if indices is None:
+            return [], False
+        if not len(indices):
+            failed = Future()
+            failed.set_exception(
+                ValueError("an empty batch of sample indices was given; a batch has at least one.")
+            )
+            return [failed], False
+        return [pool.submit(self.sample, int(index)) for index in indices], True
+
+    def _read(self, source: ShardSet, i: int, index: int, *, with_caption: bool) -> Sample | None:
+        """Sample i of a source under a global index. None if it is unreadable, reported the first time."""
+        if (source, i) in self._unreadable:
+            return None
+        ref = source[i]
+        try:
+            data = source.image_bytes(i)
+            image_CHW = decode_image(data, self._data.image_px)
+            caption = source.caption(i) if with_caption else None
+        except BadSample as error:
+            self._unreadable.add((source, i))
+            self._report(BadSampleReport(ref.shard, ref.key, error.reason))
+            return None
+        return Sample(index, ref.key, cache_key(data), image_CHW, caption)
+
+    def _report(self, bad: BadSampleReport) -> None:
+        with self._lock:
+            if (bad.shard, bad.key) not in self._reported:
+                self._reported.add((bad.shard, bad.key))
+                self._on_bad(bad)

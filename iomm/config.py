@@ -35,8 +35,6 @@ class GeneratorConfig:
     rope_theta: float = 10_000.0
     token_channels: int = 64  # numbers in one latent token: 16 latent channels x 2 x 2 patch
     condition_width: int  # channels of a condition token as the connector hands it over
-    pooled_width: int | None = None  # FLUX.1's pooled text vector; None: the model takes none
-    guidance_embedding: bool = False  # FLUX-dev's distilled guidance input
     predict: Literal["velocity", "clean"] = "velocity"  # what the network's output means; the loss is on the velocity
 
     def __post_init__(self) -> None:

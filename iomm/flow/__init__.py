@@ -1,0 +1,1 @@
+"""Flow matching: path, timesteps, loss, samplers. Pure functions of tensors."""

@@ -1,0 +1,1 @@
+"""The generator: a FLUX-family MM-DiT on column- and row-parallel linears."""

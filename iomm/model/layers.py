@@ -1,0 +1,88 @@
+"""Pieces both block kinds use. Sequences come first inside the generator (L, B, D), as sequence parallelism wants them.
+
+B samples, L tokens, D channels, H heads on this rank, K channels of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from iomm.parallel.backend import Layers
+
+NORM_EPS = 1e-6
+
+
+def timestep_embedding(t_B: Tensor, channels: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of `scale * t`, cosines first (FLUX; DDPM eq. of Vaswani et al.). (B, channels), fp32 or better."""
+    half = channels // 2
+    dtype = torch.promote_types(t_B.dtype, torch.float32)
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half)
+    angle = t_B.to(dtype)[:, None] * scale * frequency.to(dtype)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def zero_init(linear: nn.Module) -> nn.Module:
+    """Mark a linear so that `initialize` sets it to zero (adaLN-zero, arXiv 2212.09748 section 3.2)."""
+    for parameter in linear.parameters():
+        parameter.init_std = 0.0  # type: ignore[attr-defined]
+    return linear
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, D): sinusoids, two linears, SiLU between and after (every user applies it first)."""
+
+    CHANNELS = 256
+
+    def __init__(self, layers: Layers, hidden_size: int) -> None:
+        super().__init__()
+        self.first = layers.replicated(self.CHANNELS, hidden_size)
+        self.second = layers.replicated(hidden_size, hidden_size)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        embedded = timestep_embedding(t_B, self.CHANNELS).to(self.first.weight.dtype)
+        return functional.silu(self.second(functional.silu(self.first(embedded))))
+
+
+class Modulation(nn.Module):
+    """adaLN: n vectors (B, D) from the activated time embedding, zero at the start of training."""
+
+    def __init__(self, layers: Layers, hidden_size: int, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.linear = zero_init(layers.replicated(hidden_size, n * hidden_size))
+
+    def forward(self, time_BD: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(time_BD).chunk(self.n, dim=-1)
+
+
+def modulate(x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Affine-free LayerNorm, then x (1 + scale) + shift."""
+    return functional.layer_norm(x_LBD, x_LBD.shape[-1:], eps=NORM_EPS) * (1 + scale_BD) + shift_BD
+
+
+class QueryKeyNorm(nn.Module):
+    """RMSNorm over each head's channels, separate weights for queries and keys (FLUX)."""
+
+    def __init__(self, layers: Layers, head_size: int) -> None:
+        super().__init__()
+        self.query = layers.head_norm(head_size, eps=NORM_EPS)
+        self.key = layers.head_norm(head_size, eps=NORM_EPS)
+
+    def forward(self, q_LBHK: Tensor, k_LBHK: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query(q_LBHK), self.key(k_LBHK)
+
+
+def split_heads(qkv_LBE: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused projection -> q, k, v (L, B, H, K). Output features run (head, q|k|v, channel), so that a tensor-parallel rank's
+    contiguous slice holds whole heads."""
+    q, k, v = qkv_LBE.unflatten(-1, (-1, 3, head_size)).unbind(-2)
+    return q, k, v
+
+
+def attention(q_LBHK: Tensor, k_LBHK: Tensor, v_LBHK: Tensor, attend_BL: Tensor | None) -> Tensor:
+    """Full attention -> (L, B, H * K). `attend_BL`: True where a key may be attended to; None: everywhere."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_LBHK, k_LBHK, v_LBHK))
+    mask = None if attend_BL is None else attend_BL[:, None, None, :]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,146 @@
+"""The generator: a multimodal diffusion transformer of the FLUX family (MM-DiT, arXiv 2403.03206; method.md section 3).
+
+    image tokens ----> x_in ---+                                     +--> norm, modulate, out --> velocity | clean latent
+                               +--> double blocks --> single blocks -+
+    condition tokens -> c_in --+        (joint attention over [condition | image])
+
+Double blocks keep separate weights for the two streams, single blocks share them. Every block is steered by the time
+embedding (adaLN). Positions: condition tokens sit at (0, 0, 0), image tokens at (0, row, column).
+
+B samples, L image tokens, T condition tokens, S = T + L, D hidden channels, E condition channels, C numbers in a token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from iomm.config import GeneratorConfig
+from iomm.model.layers import Modulation, QueryKeyNorm, TimeEmbedding, attention, modulate, split_heads, zero_init
+from iomm.model.rope import Rope, rope, rotate
+from iomm.parallel.backend import Layers
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        inner = int(config.hidden_size * config.mlp_ratio)
+        self.first = layers.column(config.hidden_size, inner)
+        self.second = layers.row(inner, config.hidden_size)
+
+    def forward(self, x_LBD: Tensor) -> Tensor:
+        return self.second(functional.gelu(self.first(x_LBD), approximate="tanh"))
+
+
+class StreamWeights(nn.Module):
+    """One stream's half of a double block."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.head_size = d // config.heads
+        self.modulation = Modulation(layers, d, 6)
+        self.qkv = layers.column(d, 3 * d)
+        self.norm = QueryKeyNorm(layers, self.head_size)
+        self.attention_out = layers.row(d, d)
+        self.mlp = Mlp(layers, config)
+
+    def project(self, x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(modulate(x_LBD, shift_BD, scale_BD)), self.head_size)
+        return *self.norm(q, k), v
+
+    def update(self, x_LBD: Tensor, attended: Tensor, gates: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        gate_attention, shift, scale, gate_mlp = gates
+        x_LBD = x_LBD + gate_attention * self.attention_out(attended)
+        return x_LBD + gate_mlp * self.mlp(modulate(x_LBD, shift, scale))
+
+
+class DoubleBlock(nn.Module):
+    """Joint attention of two streams with separate weights."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.condition = StreamWeights(layers, config)
+        self.image = StreamWeights(layers, config)
+
+    def forward(self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+        c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
+        x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
+        c_qkv, x_qkv = self.condition.project(c_TBD, c_shift, c_scale), self.image.project(x_LBD, x_shift, x_scale)
+        q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
+        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
+        c_attended, x_attended = attended.split((c_TBD.shape[0], x_LBD.shape[0]))
+        return self.condition.update(c_TBD, c_attended, tuple(c_gates)), self.image.update(x_LBD, x_attended, tuple(x_gates))
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence, one set of weights."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.head_size = d // config.heads
+        self.modulation = Modulation(layers, d, 3)
+        self.qkv = layers.column(d, 3 * d)
+        self.norm = QueryKeyNorm(layers, self.head_size)
+        self.mlp_in = layers.column(d, inner)
+        # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole columns.
+        self.attention_out = layers.row(d, d, bias=False)
+        self.mlp_out = layers.row(inner, d)
+
+    def forward(self, s_SBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> Tensor:
+        shift, scale, gate = self.modulation(time_BD)
+        h = modulate(s_SBD, shift, scale)
+        q, k, v = split_heads(self.qkv(h), self.head_size)
+        q, k = self.norm(q, k)
+        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
+        mlp = self.mlp_out(functional.gelu(self.mlp_in(h), approximate="tanh"))
+        return s_SBD + gate * (self.attention_out(attended) + mlp)
+
+
+class MMDiT(nn.Module):
+    """The whole generator. Its output means what `config.predict` says."""
+
+    def __init__(self, config: GeneratorConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.image_in = layers.replicated(config.token_channels, d)
+        self.condition_in = layers.replicated(config.condition_width, d)
+        self.time = TimeEmbedding(layers, d)
+        self.double_blocks = nn.ModuleList(DoubleBlock(layers, config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(layers, config) for _ in range(config.single_blocks))
+        self.out_modulation = Modulation(layers, d, 2)
+        self.out = zero_init(layers.replicated(d, config.token_channels))
+
+    def forward(
+        self, x_t_BLC: Tensor, t_B: Tensor, condition_BTE: Tensor, positions_L3: Tensor, attend_BT: Tensor | None = None
+    ) -> Tensor:
+        """Predict for noisy tokens.
+
+        Args:
+            x_t_BLC: noisy latent tokens.
+            t_B: timesteps in [0, 1], 1 = noise.
+            condition_BTE: condition tokens.
+            positions_L3: (frame, row, column) of each image token.
+            attend_BT: True where a condition token counts; None: all do.
+        Returns:
+            (B, L, C), velocity or clean latent.
+        """
+        dtype = self.image_in.weight.dtype
+        x_LBD = self.image_in(x_t_BLC.to(dtype).transpose(0, 1))
+        c_TBD = self.condition_in(condition_BTE.to(dtype).transpose(0, 1))
+        time_BD = self.time(t_B)
+        positions_S3 = torch.cat((positions_L3.new_zeros(c_TBD.shape[0], 3), positions_L3))
+        rope_ = rope(positions_S3, self.config.rope_axes, self.config.rope_theta, dtype)
+        attend_BS = None if attend_BT is None else functional.pad(attend_BT, (0, x_LBD.shape[0]), value=True)
+        for block in self.double_blocks:
+            c_TBD, x_LBD = block(c_TBD, x_LBD, time_BD, rope_, attend_BS)
+        if self.single_blocks:
+            s_SBD = torch.cat((c_TBD, x_LBD))
+            for block in self.single_blocks:
+                s_SBD = block(s_SBD, time_BD, rope_, attend_BS)
+            x_LBD = s_SBD[c_TBD.shape[0] :]
+        scale, shift = self.out_modulation(time_BD)
+        return self.out(modulate(x_LBD, shift, scale)).transpose(0, 1)

@@ -1,6 +1,11 @@
 """What holds for every test: one thread, no network, and GPU tests that say why they are skipped."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: tests may count on two cores only, and one thread sums reproducibly.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -20,3 +25,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Any:
+    """The mesh of one process, shared by all tests of the session (starting Megatron-Core takes seconds)."""
+    from iomm.config import ParallelConfig
+    from iomm.parallel import mesh
+
+    return mesh.start(ParallelConfig())
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Callable[..., str]:
+    """Run a script on several ranks over loopback. Returns what it printed, and fails with that."""
+
+    def run(script: Path, *args: object, ranks: int = 2, timeout_s: int = 90) -> str:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        root = Path(__file__).parent.parent
+        path = os.pathsep.join((str(root), str(root / "kernels")))
+        done = subprocess.run(
+            [*launch, str(script), *map(str, args)],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+    return run

@@ -1,0 +1,81 @@
+"""Run on 2 ranks: a column -> head norm -> row block under tp=2 equals the block computed whole."""
+
+import torch
+from torch import Tensor, nn
+
+from iomm.config import ParallelConfig
+from iomm.parallel import mesh as mesh_module
+from iomm.parallel.backend import Layers, transformer_config
+
+HIDDEN, HEADS, HEAD = 8, 4, 4
+
+
+class Block(nn.Module):
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.column = layers.column(HIDDEN, HEADS * HEAD)
+        self.norm = layers.head_norm(HEAD)
+        self.row = layers.row(HEADS * HEAD, HIDDEN)
+        self.replicated = layers.replicated(HIDDEN, HIDDEN)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        q_BHK = self.norm(self.column(self.replicated(x_BD)).unflatten(-1, (-1, HEAD)))
+        return self.row(torch.tanh(q_BHK).flatten(-2))
+
+
+def whole_weight(name: str, shape: list[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def reference(x_BD: Tensor, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Gradients (and the output) of the block with whole weights, in plain torch."""
+    w = {name: whole_weight(name, shape).requires_grad_() for name, shape in shapes.items()}
+    x_BD = x_BD.clone().requires_grad_()
+    linear = torch.nn.functional.linear
+    h = linear(
+        linear(x_BD, w["replicated.weight"], w["replicated.bias"]), w["column.weight"], w["column.bias"]
+    )
+    q = torch.nn.functional.rms_norm(h.unflatten(-1, (HEADS, HEAD)), (HEAD,), w["norm.weight"], 1e-6)
+    y = linear(torch.tanh(q).flatten(-2), w["row.weight"], w["row.bias"])
+    y.square().sum().backward()
+    return {"output": y.detach(), "input": x_BD.grad, **{n: v.grad for n, v in w.items()}}  # type: ignore[dict-item]
+
+
+def main() -> None:
+    parallel = ParallelConfig(tp=2)
+    mesh = mesh_module.start(parallel)
+    assert (mesh.tp_size, mesh.dp_size, mesh.tp_rank) == (2, 1, mesh.rank)
+    assert mesh.any_rank(mesh.rank == 1) and not mesh.any_rank(False)
+    assert mesh.broadcast_object(mesh.rank) == 0
+    assert mesh.gather_objects(mesh.rank) == [0, 1]
+    layers = Layers(transformer_config(HIDDEN, HEADS, torch.float64, mesh, parallel), mesh)
+    assert layers.heads_per_rank(HEADS) == 2
+    block, shapes = Block(layers), {}
+    split = {}
+    for name, weight in block.named_parameters():
+        split[name] = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
+        shapes[name] = list(weight.shape)
+        if split[name] is not None:
+            shapes[name][split[name]] *= 2
+    x_BD = whole_weight("x", [5, HIDDEN])
+    expected = reference(x_BD, shapes)
+    for name, weight in block.named_parameters():
+        weight.data.copy_(part(whole_weight(name, shapes[name]), split[name], mesh.tp_rank))
+    x_BD.requires_grad_()
+    y = block(x_BD)
+    y.square().sum().backward()
+    torch.testing.assert_close(y.detach(), expected["output"])
+    torch.testing.assert_close(x_BD.grad, expected["input"])
+    for name, weight in block.named_parameters():
+        torch.testing.assert_close(weight.grad, part(expected[name], split[name], mesh.tp_rank))
+    mesh.barrier()
+    mesh_module.stop()
+
+
+def part(whole: Tensor, dim: int | None, rank: int) -> Tensor:
+    return whole if dim is None else whole.chunk(2, dim)[rank]
+
+
+if __name__ == "__main__":
+    main()

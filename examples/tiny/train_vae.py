@@ -7,7 +7,8 @@ It is a diffusers `AutoencoderKL` in the latent layout of FLUX (8x down, 16 chan
 code written against the tiny VAE meets the same shapes with the real one. A flow-matching generator will
 paint in this latent space and err a little everywhere; therefore Gaussian noise *relative to the standard
 deviation of the latents* is added before decoding during training (a relative level leaves the encoder no
-way out by scaling up). Each image draws its own level, uniform in [0, 2 * noise_std]: clean latents are served as well.
+way out by scaling up). Each image draws its own level, uniform in [0, 2 * noise_std]: clean latents are
+served as well.
 
 Loss, on images in [-1, 1]:  L1 + 5 L2 + 0.5 L1 of the horizontal and vertical differences + 1e-6 KL.
 Only train shards are read; the held-out shard serves for the figures in the README this script writes.
@@ -39,8 +40,8 @@ SHARDS = HERE.parent / "data" / "fluent_emoji"
 README = """# The tiny VAE
 
 A diffusers `AutoencoderKL`, {parameters:,} parameters, stored in fp16: 64 px to 8 x 8 latents of
-{recipe.latent_channels} channels. Trained on the embedded train images only, for {steps_done} of {recipe.steps}
-steps of {recipe.batch_images} images, on one CPU thread, by
+{recipe.latent_channels} channels. Trained on the embedded train images only, for {steps_done} of
+{recipe.steps} steps of {recipe.batch_images} images, on one CPU thread, by
 
     python examples/tiny/train_vae.py --steps {recipe.steps} --seed {recipe.seed}
 
@@ -60,7 +61,7 @@ and `scaling_factor` in config.json; latent = mean of the posterior).
 class VaeRecipe:
     """Every setting of the training."""
 
-    steps: int = 7000
+    steps: int = 5000
     batch_images: int = 8
     learning_rate: float = 2e-3  # peak; cosine to zero after the warm-up
     warmup_steps: int = 100
@@ -68,12 +69,8 @@ class VaeRecipe:
     ema_decay: float = 0.998  # the average is what is saved
     kl_weight: float = 1e-6  # per latent element
     noise_std: float = 0.1  # mean level of the latent noise, relative to the latents' standard deviation
-    channels: tuple[int, int, int, int] = (
-        16,
-        32,
-        72,
-        104,
-    )  # of the four resolutions, each a multiple of `groups`
+    # of the four resolutions from 64 px down to 8; each a multiple of `groups`
+    channels: tuple[int, int, int, int] = (16, 32, 64, 96)
     groups: int = 8
     latent_channels: int = 16
     seed: int = 0
@@ -299,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
-    parser.add_argument("--save-every-steps", type=int, default=1000)
+    parser.add_argument("--save-every-steps", type=int, default=1500)
     parser.add_argument(
         "--shards", type=Path, default=SHARDS, help="folder with train-*.tar and heldout-*.tar"
     )

@@ -1,0 +1,191 @@
+"""The tiny MLLM itself and what it is trained on: settings, InternVL's layout at toy size, the three losses.
+
+B batch            P patch tokens (16)   K prompt tokens   S caption tokens with </s>
+L sequence length  D width               V vocabulary
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from examples.tiny.mllm_data import SIDE_PX, CaptionBatch
+from examples.tiny.mllm_tokenizer import SPECIAL_IDS
+
+AUX_PROMPTS = ("Generate an image that is identical to the reference image:", "The same as:")
+NULL_PROMPT = "Generate an image."
+
+
+@dataclass(frozen=True, kw_only=True)
+class MllmTraining:
+    """Settings of one run. The defaults are those of the shipped model."""
+
+    steps: int = 2800
+    batch_images: int = 32
+    learning_rate: float = 1.5e-3
+    final_learning_rate: float = 2e-5
+    warm_up_steps: int = 150
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    seed: int = 0
+    vocabulary: int = 1200
+    vision_width: int = 144
+    vision_layers: int = 6
+    text_width: int = 192
+    text_layers: int = 5
+    heads: int = 4
+    text_weight: float = 0.5
+    align_weight: float = 0.3
+    align_layer: int = 3
+    align_temperature: float = 0.1
+    masked_fraction: float = 0.25  # of image sequences, with a mask ratio uniform in 0 to 0.9
+    null_fraction: float = 0.03  # of text sequences, replaced by the null prompt
+
+
+def build_model(settings: MllmTraining, vocabulary: int) -> InternVLForConditionalGeneration:
+    """A fresh fp32 model with 16 visual tokens for 64 px images, initialised from `settings.seed`."""
+    torch.manual_seed(settings.seed)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": settings.vision_width,
+            "num_hidden_layers": settings.vision_layers,
+            "num_attention_heads": settings.heads,
+            "intermediate_size": 4 * settings.vision_width,
+            "image_size": [SIDE_PX, SIDE_PX],
+            "patch_size": [8, 8],
+            "use_absolute_position_embeddings": True,
+            "layer_scale_init_value": 1.0,
+            "initializer_range": 0.04,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": vocabulary,
+            "hidden_size": settings.text_width,
+            "num_hidden_layers": settings.text_layers,
+            "num_attention_heads": settings.heads,
+            "num_key_value_heads": settings.heads,
+            "intermediate_size": 8 * settings.text_width // 3,
+            "max_position_embeddings": 512,
+            "rope_theta": 10000.0,
+            "initializer_range": 0.04,
+            "tie_word_embeddings": True,
+            "pad_token_id": SPECIAL_IDS["<pad>"],
+            "bos_token_id": SPECIAL_IDS["<s>"],
+            "eos_token_id": SPECIAL_IDS["</s>"],
+        },
+        image_token_id=SPECIAL_IDS["<IMG_CONTEXT>"],
+        image_seq_length=16,
+        downsample_ratio=0.5,
+        tie_word_embeddings=True,
+    )
+    model = InternVLForConditionalGeneration(config)
+    positions = model.model.vision_tower.embeddings.position_embeddings
+    torch.nn.init.normal_(positions, std=0.1)
+    return model
+
+
+def image_prefix(
+    model: InternVLForConditionalGeneration,
+    pixels_BCHW: torch.Tensor,
+    prompt_ids: list[int],
+    keep_BP: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The image condition [ aux prompt | patch tokens ] as input embeddings (B, K + 16, D).
+
+    Patch tokens where `keep_BP` is False are multiplied by zero; None keeps all.
+    """
+    patches_BPD = model.model.get_image_features(pixels_BCHW).pooler_output
+    if keep_BP is not None:
+        patches_BPD = patches_BPD * keep_BP.unsqueeze(-1).to(patches_BPD.dtype)
+    ids = torch.tensor(prompt_ids, dtype=torch.long, device=pixels_BCHW.device)
+    prompt_BKD = model.get_input_embeddings()(ids).expand(pixels_BCHW.shape[0], -1, -1)
+    return torch.cat([prompt_BKD, patches_BPD], dim=1)
+
+
+def run_language_model(
+    model: InternVLForConditionalGeneration, embeds_BLD: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The causal LM on input embeddings: final states and the output of layer `layer`, both (B, L, D).
+
+    Padding stands to the right of everything that is read, so no attention mask is needed.
+    """
+    out = model.model.language_model(inputs_embeds=embeds_BLD, output_hidden_states=True, use_cache=False)
+    return out.last_hidden_state, out.hidden_states[layer]
+
+
+def token_losses(
+    model: InternVLForConditionalGeneration,
+    states_BSD: torch.Tensor,
+    targets_BS: torch.Tensor,
+    counted_BS: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy (B, S) in nats of each target token, 0 where `counted_BS` is False."""
+    logits_BVS = model.lm_head(states_BSD).transpose(1, 2)
+    return functional.cross_entropy(logits_BVS, targets_BS, reduction="none") * counted_BS
+
+
+def alignment_loss(
+    image_BD: torch.Tensor, text_BD: torch.Tensor, caption_BS: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Symmetric InfoNCE between the image and text states of the same samples.
+
+    Equal captions in a batch are not held against each other.
+    """
+    similarity_BB = (
+        functional.normalize(image_BD, dim=-1) @ functional.normalize(text_BD, dim=-1).T / temperature
+    )
+    equal_BB = (caption_BS[:, None] == caption_BS[None]).all(dim=-1)
+    other_BB = equal_BB & ~torch.eye(len(equal_BB), dtype=torch.bool)
+    similarity_BB = similarity_BB.masked_fill(other_BB, float("-inf"))
+    diagonal_B = torch.arange(len(equal_BB))
+    return (
+        functional.cross_entropy(similarity_BB, diagonal_B)
+        + functional.cross_entropy(similarity_BB.T, diagonal_B)
+    ) / 2
+
+
+def losses(
+    model: InternVLForConditionalGeneration,
+    batch: CaptionBatch,
+    prompt_ids: list[int],
+    null_ids: list[int],
+    settings: MllmTraining,
+    rng: np.random.Generator,
+) -> dict[str, torch.Tensor]:
+    """The three losses of one batch (scalars, nats): `image_caption`, `text`, `align`."""
+    caption_BS, length_B = batch.caption_BS, batch.length_B
+    count, width = caption_BS.shape
+    ratio_B = np.where(
+        rng.uniform(size=count) < settings.masked_fraction, rng.uniform(0, 0.9, size=count), 0.0
+    )
+    keep_BP = torch.from_numpy(rng.uniform(size=(count, 16)) >= ratio_B[:, None])
+    prefix_BLD = image_prefix(model, batch.pixels_BCHW, prompt_ids, keep_BP)
+    start = prefix_BLD.shape[1]
+    words_BSD = model.get_input_embeddings()(caption_BS)
+
+    counted_BS = torch.arange(width) <= length_B[:, None]  # the caption and its </s>
+    final_BLD, middle_BLD = run_language_model(
+        model, torch.cat([prefix_BLD, words_BSD[:, :-1]], dim=1), settings.align_layer
+    )
+    image_loss = (
+        token_losses(model, final_BLD[:, start - 1 :], caption_BS, counted_BS).sum() / counted_BS.sum()
+    )
+    image_state_BD = middle_BLD[:, start - 1]
+
+    null_B = torch.from_numpy(rng.uniform(size=count) < settings.null_fraction)
+    text_BS, text_length_B = caption_BS.clone(), length_B.clone()
+    if width > len(null_ids):
+        text_BS[null_B] = torch.tensor([*null_ids, SPECIAL_IDS["</s>"]] + [0] * (width - len(null_ids) - 1))
+        text_length_B[null_B] = len(null_ids)
+    final_BSD, middle_BSD = run_language_model(
+        model, model.get_input_embeddings()(text_BS), settings.align_layer
+    )
+    follows_BS = torch.arange(width - 1) < text_length_B[:, None]
+    text_loss = token_losses(model, final_BSD[:, :-1], text_BS[:, 1:], follows_BS).sum() / follows_BS.sum()
+    text_state_BD = middle_BSD[torch.arange(count), text_length_B - 1]
+    align = alignment_loss(
+        image_state_BD[~null_B], text_state_BD[~null_B], caption_BS[~null_B], settings.align_temperature
+    )
+    return {"image_caption": image_loss, "text": text_loss, "align": align}

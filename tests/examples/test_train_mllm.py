@@ -1,0 +1,242 @@
+"""The tiny MLLM: its tokenizer, its training, and what the shipped one has learned."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from examples.tiny.mllm_data import (
+    CaptionedImage,
+    Emoji,
+    background_mask,
+    collate,
+    heldout_scenes,
+    load_emoji,
+    pixels,
+    training_sample,
+)
+from examples.tiny.mllm_model import (
+    AUX_PROMPTS,
+    NULL_PROMPT,
+    MllmTraining,
+    alignment_loss,
+    build_model,
+    image_prefix,
+)
+from examples.tiny.mllm_report import TinyMllm, blank, caption_loss, describe, load_tiny_mllm, own, same_words
+from examples.tiny.shape_scenes import draw_scene, sample_scene
+from examples.tiny.train_mllm import save_model, train
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "tiny" / "mllm"
+DATA = ROOT / "examples" / "data" / "fluent_emoji"
+SMALL = MllmTraining(
+    steps=3,
+    batch_images=4,
+    warm_up_steps=2,
+    vision_width=32,
+    vision_layers=1,
+    text_width=32,
+    text_layers=2,
+    align_layer=1,
+)
+
+
+@cache
+def shipped() -> TinyMllm:
+    return load_tiny_mllm(SHIPPED)
+
+
+@cache
+def reference() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(SHIPPED / "tokenizer.model"))
+
+
+@cache
+def heldout_emoji() -> list[CaptionedImage]:
+    emoji = load_emoji(sorted(DATA.glob("heldout-*.tar")))
+    return [CaptionedImage(image=e.image, caption=e.label) for e in emoji]
+
+
+def drawn_emoji(count: int) -> list[Emoji]:
+    """Stand-ins for emoji, so that training tests need not read the shards."""
+    made = []
+    for i in range(count):
+        scene = sample_scene(np.random.default_rng([5, i]))
+        image = draw_scene(scene)
+        made.append(Emoji(key=str(i), label=scene.sentence, image=image, ground=background_mask(image)))
+    return made
+
+
+def ids(text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(SHIPPED, local_files_only=True).encode(
+        text, add_special_tokens=False
+    )
+
+
+def test_autotokenizer_and_sentencepiece_give_the_same_ids_for_captions_and_prompts() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED, local_files_only=True)
+    captions = [s.caption for s in heldout_emoji()] + [s.caption for s in heldout_scenes(50, seed=1)]
+    odd = [
+        "",
+        "  two   spaces ",
+        "Ünïcödé 日本語 🙂",
+        "A\tb\nc",
+        "ﬁ ½ é",
+        "x" * 60,
+        "“quoted” & (bracketed)!",
+    ]
+    for text in (*captions, *AUX_PROMPTS, NULL_PROMPT, *odd):
+        assert tokenizer.encode(text) == reference().encode(text), text
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    st.text(
+        alphabet=st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_characters="<"), max_size=40
+    )
+)
+def test_any_latin_text_encodes_to_the_same_ids_and_comes_back(text: str) -> None:
+    tokenizer = shipped().tokenizer
+    tokens = tokenizer.encode(text)
+    assert tokens == reference().encode(text)
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer.encode(tokenizer.decode(tokens)) == tokens
+
+
+def test_captions_come_back_from_their_ids_in_lower_case() -> None:
+    tokenizer = shipped().tokenizer
+    for text in (
+        "three green triangles",
+        "flag: Côte d’Ivoire",
+        "a red circle above a blue square",
+        AUX_PROMPTS[0],
+    ):
+        assert tokenizer.decode(tokenizer.encode(text)) == text.lower().replace("’", "’")
+
+
+def test_special_tokens_are_those_of_the_config() -> None:
+    tokenizer, config = shipped().tokenizer, shipped().model.config
+    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == config.image_token_id
+    assert tokenizer.pad_token_id == config.text_config.pad_token_id
+    assert tokenizer.eos_token_id == config.text_config.eos_token_id
+    assert len(tokenizer) == config.text_config.vocab_size
+
+
+def test_a_few_steps_run_and_repeat_bit_for_bit() -> None:
+    emoji, tokenizer = drawn_emoji(6), shipped().tokenizer
+    first = train(SMALL, emoji, tokenizer).state_dict()
+    second = train(SMALL, emoji, tokenizer).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_loss_falls_in_training() -> None:
+    seen: list[float] = []
+
+    def watch(step: int, model: torch.nn.Module, parts: dict[str, float]) -> bool:
+        seen.append(parts["image_caption"])
+        return False
+
+    longer = MllmTraining(**{**vars(SMALL), "steps": 25, "batch_images": 8, "learning_rate": 5e-3})
+    train(longer, drawn_emoji(6), shipped().tokenizer, watch)
+    assert len(seen) == 25
+    assert np.mean(seen[-5:]) < 0.75 * np.mean(seen[:5])
+
+
+def test_training_stops_when_it_is_told_to() -> None:
+    steps: list[int] = []
+
+    def stop(step: int, model: torch.nn.Module, parts: dict[str, float]) -> bool:
+        steps.append(step)
+        return True
+
+    train(SMALL, drawn_emoji(6), shipped().tokenizer, stop)
+    assert steps == [1]
+
+
+def test_a_saved_model_loads_offline_with_its_tokenizer_and_says_what_was_trained(tmp_path: Path) -> None:
+    model = build_model(SMALL, 1200).eval()
+    save_model(model, (SHIPPED / "tokenizer.model").read_bytes(), tmp_path / "mllm", SMALL, 3)
+    loaded = load_tiny_mllm(tmp_path / "mllm")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
+    assert loaded.tokenizer.encode(NULL_PROMPT) == reference().encode(NULL_PROMPT)
+    assert json.loads((tmp_path / "mllm" / "training.json").read_text())["steps_done"] == 3
+    assert not (tmp_path / "mllm.partial").exists()
+
+
+def test_a_folder_without_weights_is_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="python -m examples.tiny.train_mllm"):
+        load_tiny_mllm(tmp_path)
+
+
+def test_no_shards_is_an_error_that_says_how_to_build_them() -> None:
+    with pytest.raises(ValueError, match="build_fluent_emoji"):
+        load_emoji([])
+
+
+def test_an_image_becomes_sixteen_visual_tokens_and_masked_ones_are_zero() -> None:
+    mllm = shipped()
+    images = pixels([s.image for s in heldout_emoji()[:2]])
+    keep_BP = torch.zeros(2, 16, dtype=torch.bool)
+    keep_BP[0, 3] = True
+    with torch.no_grad():
+        prefix_BLD = image_prefix(mllm.model, images, mllm.prompt_ids, keep_BP)
+        whole_BLD = image_prefix(mllm.model, images, mllm.prompt_ids)
+    patches_BPD = prefix_BLD[:, len(mllm.prompt_ids) :]
+    assert patches_BPD.shape == (2, 16, mllm.model.config.text_config.hidden_size)
+    assert torch.equal(patches_BPD[~keep_BP], torch.zeros_like(patches_BPD[~keep_BP]))
+    assert torch.equal(patches_BPD[0, 3], whole_BLD[0, len(mllm.prompt_ids) + 3])
+
+
+def test_the_preprocessor_file_describes_how_pixels_are_scaled() -> None:
+    stated = json.loads((SHIPPED / "preprocessor_config.json").read_text())
+    image = heldout_emoji()[0].image
+    assert stated["size"] == {"height": image.height, "width": image.width}
+    by_file = (np.asarray(image) * stated["rescale_factor"] - stated["image_mean"]) / stated["image_std"]
+    np.testing.assert_allclose(pixels([image])[0].permute(1, 2, 0).numpy(), by_file, atol=1e-6)
+
+
+def test_equal_captions_are_not_held_against_each_other() -> None:
+    states_BD = torch.eye(3)
+    states_BD[1] = states_BD[0]
+    captions_BS = torch.tensor([[5, 6], [5, 6], [7, 8]])
+    loss = alignment_loss(states_BD, states_BD, captions_BS, temperature=0.01)
+    assert float(loss) < 1e-6
+
+
+def test_samples_are_a_function_of_seed_and_index_and_alternate_emoji_and_scenes() -> None:
+    emoji = drawn_emoji(6)
+    again = [training_sample(emoji, 1, i) for i in (0, 1, 2)]
+    for index, sample in enumerate(again):
+        same = training_sample(emoji, 1, index)
+        assert (same.caption, same.image.tobytes()) == (sample.caption, sample.image.tobytes())
+    epoch = [training_sample(emoji, 1, 2 * i).caption for i in range(6)]
+    assert all(any(caption.startswith(e.label) for caption in epoch) for e in emoji)
+
+
+def test_padding_follows_the_end_of_each_caption() -> None:
+    samples = heldout_scenes(4, seed=2)
+    batch = collate(samples, shipped().tokenizer)
+    for row, length in zip(batch.caption_BS, batch.length_B, strict=True):
+        assert row[length] == shipped().tokenizer.eos_token_id
+        assert bool((row[length + 1 :] == shipped().tokenizer.pad_token_id).all())
+
+
+@pytest.mark.parametrize("what", ["emoji", "scenes"])
+def test_the_shipped_model_captions_heldout_pictures_better_than_a_blank_one(what: str) -> None:
+    samples = heldout_emoji()[::5][:32] if what == "emoji" else heldout_scenes(32, seed=4)
+    assert caption_loss(shipped(), samples, own) < caption_loss(shipped(), samples, blank)
+
+
+def test_the_shipped_model_describes_heldout_scenes_in_the_right_words() -> None:
+    samples = heldout_scenes(24, seed=6)
+    said = describe(shipped(), [s.image for s in samples])
+    assert sum(same_words(a, s.caption) for a, s in zip(said, samples, strict=True)) >= 12

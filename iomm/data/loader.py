@@ -162,8 +162,8 @@ class Loader:
     def stream(self, index_batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Batches of the given global sample indices, in order, decoded ahead by threads.
 
-        There are `data.decode_threads` of them. At most `data.prefetch_batches` batches are decoded beyond the one being handed out. An error is
-        raised where its batch would have come. The threads end when the iterator ends or is closed.
+        There are `data.decode_threads` of them. At most `data.prefetch_batches` batches are decoded beyond
+        the one in hand. An error is raised where its batch would have come. The threads end with the iterator.
         """
         ahead = self._data.prefetch_batches + 1
         batches = iter(index_batches)

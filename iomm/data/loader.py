@@ -163,7 +163,8 @@ class Loader:
         """Batches of the given global sample indices, in order, decoded ahead by threads.
 
         There are `data.decode_threads` of them. At most `data.prefetch_batches` batches are decoded beyond
-        the one in hand. An error is raised where its batch would have come. The threads end with the iterator.
+        the one in hand. An error is raised where its batch would have come. Closing the
+        iterator ends the threads.
         """
         ahead = self._data.prefetch_batches + 1
         batches = iter(index_batches)

@@ -19,6 +19,7 @@ N images.
 """
 
 import argparse
+import copy
 import io
 import math
 import sys
@@ -26,6 +27,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,21 +107,24 @@ def to_signed(images_BCHW: Tensor) -> Tensor:
 
 def build_vae(recipe: VaeRecipe) -> AutoencoderKL:
     """An untrained VAE. Its log-variance starts near -6, so the decoder sees the mean from the first step."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=recipe.channels,
-        layers_per_block=1,
-        latent_channels=recipe.latent_channels,
-        norm_num_groups=recipe.groups,
-        sample_size=64,
-        force_upcast=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    settings: dict[str, Any] = {  # diffusers annotates its tuples with one element
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": recipe.channels,
+        "layers_per_block": 1,
+        "latent_channels": recipe.latent_channels,
+        "norm_num_groups": recipe.groups,
+        "sample_size": 64,
+        "force_upcast": False,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+    }
+    vae = AutoencoderKL(**settings)
+    bias = vae.encoder.conv_out.bias
+    assert bias is not None
     with torch.no_grad():
-        vae.encoder.conv_out.bias[recipe.latent_channels :] = -6.0
+        bias[recipe.latent_channels :] = -6.0
     return vae
 
 
@@ -252,9 +257,7 @@ def finish(vae: AutoencoderKL, train_NCHW: Tensor) -> AutoencoderKL:
 
     With these, `(latent - shift_factor) * scaling_factor` has mean 0 and standard deviation 1 (train set).
     """
-    rounded = AutoencoderKL.from_config(vae.config)
-    assert isinstance(rounded, AutoencoderKL)
-    rounded.load_state_dict({name: value.half().float() for name, value in vae.state_dict().items()})
+    rounded = copy.deepcopy(vae).half().float()
     latent_NKhw = encode(rounded, train_NCHW)
     rounded.register_to_config(
         shift_factor=round(latent_NKhw.mean().item(), 6),
@@ -269,10 +272,7 @@ def save(vae: AutoencoderKL, heldout_NCHW: Tensor, recipe: VaeRecipe, steps_done
     Returns the figures as one line.
     """
     figures = {level: psnr(vae, heldout_NCHW, noise_std=level) for level in (0.0, 0.1, 0.2)}
-    stored = AutoencoderKL.from_config(vae.config)
-    assert isinstance(stored, AutoencoderKL)
-    stored.load_state_dict(vae.state_dict())
-    stored.half().save_pretrained(out)
+    copy.deepcopy(vae).half().save_pretrained(out)
     rows = "\n".join(
         f"| {level} | {one_N.mean():.2f} | {one_N.min():.2f} |" for level, one_N in figures.items()
     )

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iomm.config import DataConfig
+from iomm.data.errors import BadSampleReport
+from iomm.data.loader import Loader
+
 Members = Sequence[tuple[str, bytes]]
+KEYS = "abcdefg"  # samples of `shard`, of which the first three have captions
 
 
 def encode(image: Image.Image, format_: str = "PNG", **options) -> bytes:
@@ -42,3 +47,28 @@ def write_shard(tmp_path: Path) -> Callable[[str, Members], str]:
 def png() -> Callable[[int], bytes]:
     """A small PNG that differs from one number to the next."""
     return lambda seed: encode(noise_image(seed))
+
+
+@pytest.fixture
+def shard(write_shard, png) -> str:
+    members = [(f"{key}.png", png(seed)) for seed, key in enumerate(KEYS)]
+    members[3:3] = [("c.txt", b"the third")]
+    members[2:2] = [("b.txt", b"the second")]
+    members[1:1] = [("a.txt", b"the first")]
+    return write_shard("train.tar", members)
+
+
+def never(report: BadSampleReport) -> None:
+    raise AssertionError(report)
+
+
+def loader(images: str, *, seed: int = 3, on_bad=never, **changes) -> Loader:
+    settings_ = {"pairs": (images,), "mix_ratio": 0.5, "image_px": 8, "decode_threads": 2} | changes
+    return Loader(DataConfig(images=(images,), **settings_), seed, on_bad=on_bad)
+
+
+@pytest.fixture
+def damaged(write_shard, png) -> str:
+    good = {key: png(seed) for seed, key in enumerate(KEYS)}
+    bad = {"b": good["b"][:60], "e": b"", "g": b"<html>"}
+    return write_shard("damaged.tar", [(f"{key}.png", bad.get(key, good[key])) for key in KEYS])

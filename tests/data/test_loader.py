@@ -1,4 +1,3 @@
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,30 +10,11 @@ from iomm.config import DataConfig
 from iomm.data.cache import cache_key
 from iomm.data.decode import decode_image
 from iomm.data.errors import BadSampleReport
-from iomm.data.loader import Batch, Loader, Sample, global_batch_indices
+from iomm.data.loader import Loader, Sample, global_batch_indices
 from iomm.data.mixture import draw
-from tests.data.conftest import encode, noise_image
+from tests.data.conftest import KEYS, encode, loader, never, noise_image
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "fluent_emoji"
-KEYS = "abcdefg"  # of which the first three have captions
-
-
-@pytest.fixture
-def shard(write_shard, png) -> str:
-    members = [(f"{key}.png", png(seed)) for seed, key in enumerate(KEYS)]
-    members[3:3] = [("c.txt", b"the third")]
-    members[2:2] = [("b.txt", b"the second")]
-    members[1:1] = [("a.txt", b"the first")]
-    return write_shard("train.tar", members)
-
-
-def never(report: BadSampleReport) -> None:
-    raise AssertionError(report)
-
-
-def loader(images: str, *, seed: int = 3, on_bad=never, **changes) -> Loader:
-    settings_ = {"pairs": (images,), "mix_ratio": 0.5, "image_px": 8, "decode_threads": 2} | changes
-    return Loader(DataConfig(images=(images,), **settings_), seed, on_bad=on_bad)
 
 
 def assert_same_sample(one: Sample, other: Sample) -> None:
@@ -106,13 +86,6 @@ def test_an_index_far_beyond_the_first_epoch_is_as_good_as_any(shard):
 # Bad samples
 
 
-@pytest.fixture
-def damaged(write_shard, png) -> str:
-    good = {key: png(seed) for seed, key in enumerate(KEYS)}
-    bad = {"b": good["b"][:60], "e": b"", "g": b"<html>"}
-    return write_shard("damaged.tar", [(f"{key}.png", bad.get(key, good[key])) for key in KEYS])
-
-
 def test_an_unreadable_image_is_replaced_and_reported_once(damaged):
     reports: list[BadSampleReport] = []
     source = loader(damaged, pairs=(), mix_ratio=1.0, on_bad=reports.append)
@@ -179,90 +152,6 @@ def test_thread_and_prefetch_counts_out_of_range_are_errors(shard):
         loader(shard, decode_threads=0)
     with pytest.raises(ValueError, match="prefetch_batches -1 must not be negative"):
         loader(shard, prefetch_batches=-1)
-
-
-# Stream
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("prefetch", [0, 1, 5])
-def test_a_stream_gives_the_samples_in_order_whatever_the_threads_and_prefetch(damaged, threads, prefetch):
-    changes = {"pairs": (), "mix_ratio": 1.0, "decode_threads": threads, "prefetch_batches": prefetch}
-    source = loader(damaged, on_bad=lambda _: None, **changes)
-    groups = [[0, 1, 2], [9, 4], [5], [5, 5]]
-    batches = list(source.stream(groups))
-    assert [batch.index_B.tolist() for batch in batches] == groups
-    for group, batch in zip(groups, batches, strict=True):
-        expected = Batch.stack([source.sample(index) for index in group])
-        assert (batch.keys, batch.hashes, batch.captions) == (
-            expected.keys,
-            expected.hashes,
-            expected.captions,
-        )
-        assert torch.equal(batch.image_BCHW, expected.image_BCHW)
-        assert batch.image_BCHW.shape == (len(group), 3, 8, 8)
-        assert batch.index_B.dtype == torch.int64
-
-
-def test_a_stream_reads_ahead_no_further_than_asked(shard):
-    taken = []
-
-    def endless():
-        for index in range(10**9):
-            taken.append(index)
-            yield [index]
-
-    batches = loader(shard, prefetch_batches=2).stream(endless())
-    for _ in range(3):
-        next(batches)
-    batches.close()
-    assert len(taken) == 5
-
-
-def decoding_threads() -> int:
-    return sum(thread.name.startswith("iomm-decode") for thread in threading.enumerate())
-
-
-def test_closing_a_stream_ends_its_threads(shard):
-    batches = loader(shard).stream([[i] for i in range(50)])
-    next(batches)
-    assert decoding_threads() > 0
-    batches.close()
-    assert decoding_threads() == 0
-
-
-def test_an_error_surfaces_at_its_batch_and_ends_the_threads(shard):
-    batches = loader(shard, prefetch_batches=3).stream([[0], [1], [-1], [2]])
-    assert [next(batches).index_B.item() for _ in range(2)] == [0, 1]
-    with pytest.raises(ValueError, match="index -1 is negative"):
-        next(batches)
-    assert decoding_threads() == 0
-
-
-def test_an_error_of_the_index_source_surfaces_after_the_batches_before_it(shard):
-    def failing():
-        yield [0]
-        yield [1]
-        raise RuntimeError("the sampler broke")
-
-    batches = loader(shard, prefetch_batches=3).stream(failing())
-    assert [next(batches).index_B.item() for _ in range(2)] == [0, 1]
-    with pytest.raises(RuntimeError, match="the sampler broke"):
-        next(batches)
-
-
-def test_an_empty_batch_of_indices_is_an_error_and_an_empty_stream_is_none(shard):
-    assert list(loader(shard).stream([])) == []
-    with pytest.raises(ValueError, match="empty batch of sample indices"):
-        list(loader(shard).stream([[]]))
-
-
-def test_an_error_of_on_bad_reaches_the_reader(damaged):
-    def stop(report: BadSampleReport) -> None:
-        raise RuntimeError(f"too many bad samples: {report.key}")
-
-    with pytest.raises(RuntimeError, match="too many bad samples"):
-        list(loader(damaged, pairs=(), mix_ratio=1.0, on_bad=stop).stream([[i] for i in range(7)]))
 
 
 # Held-out samples

@@ -141,8 +141,8 @@ def throughput_curve(records: Sequence[Record]) -> Picture:
     """TFLOP/s over steps, stacked by part."""
     shown = records[:: 1 + len(records) // MAX_POINTS]
     lines = {name: series(shown, "tflops", name) for name in PARTS}
-    lines = {name: line for name, line in lines.items() if len(line[0])}
-    steps = max((line[0] for line in lines.values()), key=len)
+    steps = max((at for at, _ in lines.values()), key=len)
+    lines = {name: (at, value) for name, (at, value) in lines.items() if np.nansum(value) > 0}
     stack = {name: np.interp(steps, at, np.nan_to_num(value)) for name, (at, value) in lines.items()}
 
     def draw(ax: Axes, dark: int) -> None:

@@ -51,7 +51,7 @@ def build_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, data_uri=svg_uri)
+    environment.filters.update(number=number, data_uri=svg_uri, plain=plain)
     page = environment.get_template(TEMPLATE.name).render(page_content(log))
     out = run_dir / "report.html"
     part = run_dir / "report.html.part"
@@ -65,6 +65,7 @@ def page_content(log: RunLog) -> dict[str, Any]:
     config = log.run.get("config")
     shown, left_out = _shown_steps(sorted(log.grids))
     notes = list(log.notes)
+    throughput_rows = _throughput_rows(log.train)
     return {
         "name": log.run.get("name") or log.folder.resolve().name,
         "run": log.run,
@@ -78,8 +79,8 @@ def page_content(log: RunLog) -> dict[str, Any]:
         "copying": _last(log.evals, "copying"),
         "grids": [(step, list(_grids(log, step, notes))) for step in reversed(shown)],
         "grids_left_out": left_out,
-        "throughput": figures.throughput_curve(log.train) if _tflops(log.train) else None,
-        "throughput_rows": _throughput_rows(log.train),
+        "throughput": figures.throughput_curve(log.train) if throughput_rows else None,
+        "throughput_rows": throughput_rows,
         "quarantine": log.quarantine[:MAX_ROWS],
         "quarantined": len(log.quarantine),
         "quarantine_reasons": Counter(str(r.get("reason", "?")) for r in log.quarantine).most_common(),
@@ -102,6 +103,15 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def plain(value: Any) -> str:
+    """A value of the log in a line: nothing for None, lists and objects without their brackets."""
+    if isinstance(value, list):
+        return ", ".join(plain(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(v)}" for key, v in value.items())
+    return "" if value is None else str(value)
+
+
 def svg_uri(svg: str) -> str:
     """A data URI of an SVG text."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
@@ -115,9 +125,9 @@ def _facts(log: RunLog) -> list[tuple[str, str]]:
     planned = train.get("steps")
     steps = f"{number(last)} of {number(planned)}" if planned is not None else number(last)
     facts = [("steps logged", steps)]
-    for key in ("started", "device", "git"):
+    for key in ("started", "device", "world_size", "git"):
         if value := log.run.get(key):
-            facts.append((key, ", ".join(" ".join(pair).strip() for pair in _flat(value))))
+            facts.append((key.replace("_", " "), plain(value)))
     if train.get("init_from"):
         facts.append(("weights from", str(train["init_from"])))
     return facts
@@ -135,12 +145,12 @@ def _tiles(log: RunLog) -> list[tuple[str, str, str]]:
     heldout = _last(log.evals, "velocity_loss") or {}
     for name in figures.CONDITIONS:
         if heldout.get(name) is not None:
-            remark = _against_null(heldout, name) if name != "null" else "velocity loss without a condition"
+            remark = _against_null(heldout, name) if name != "null" else "no condition"
             tiles.append((f"held-out, {name}", number(heldout[name]), remark))
-    for label, key, unit in (("speed", "images_per_s", "images/s"), ("step time", "step_ms", "ms")):
+    for label, key, unit in (("images/s", "images_per_s", ""), ("step time", "step_ms", " ms")):
         _, values = figures.series(log.train, key)
         if np.isfinite(values).any():
-            tiles.append((label, f"{number(float(np.nanmedian(values)))} {unit}", "median of the logged steps"))
+            tiles.append((label, number(float(np.nanmedian(values))) + unit, "median of the logged"))
     return tiles
 
 
@@ -157,15 +167,13 @@ def _warnings(log: RunLog) -> list[str]:
     out = []
     copying = _last(log.evals, "copying") or {}
     if copying.get("alarm"):
-        out.append(
-            "Copying alarm: with every patch token masked the pictures still match the input "
-            f"({number(copying.get('psnr_null_db'))} dB). The generator may be an auto-encoder."
-        )
+        reason = copying.get("reason") or "generated pictures match the input more than their condition explains."
+        out.append(f"Copying alarm: {reason}")
     losses = _last(log.evals, "velocity_loss") or {}
     null = losses.get("null")
     for name in ("image", "text"):
         if null is not None and losses.get(name) is not None and losses[name] >= null:
-            out.append(f"The {name} condition does not help: its held-out loss is not below the null one's.")
+            out.append(f"The {name} condition does not help: its held-out loss is not below the null one.")
     skips = sum(e.get("event") == "nan_skip" for e in log.events)
     if skips:
         out.append(f"Steps skipped for a loss or gradient that was not finite: {skips}.")
@@ -202,16 +210,16 @@ def _heldout_rows(evals: list[Record]) -> list[tuple[str, float, float | None, s
 
 
 def _throughput_rows(records: list[Record]) -> list[tuple[str, float, str]]:
-    """(part, median TFLOP/s, share) of every logged part, and their sum."""
-    medians = {name: float(np.nanmedian(values)) for name, values in _tflops(records).items()}
+    """(part, median TFLOP/s, share) of every logged part, and their sum; empty where nothing was counted."""
+    logged = {name: figures.series(records, "tflops", name)[1] for name in figures.PARTS}
+    medians = {name: float(np.nanmedian(v)) for name, v in logged.items() if np.isfinite(v).any()}
     total = sum(medians.values())
-    rows = [(name, value, f"{100 * value / total:.1f} %" if total else "") for name, value in medians.items()]
-    return [*rows, ("whole system", total, "")] if rows else []
-
-
-def _tflops(records: list[Record]) -> dict[str, np.ndarray]:
-    found = {name: figures.series(records, "tflops", name)[1] for name in figures.PARTS}
-    return {name: values for name, values in found.items() if np.isfinite(values).any()}
+    if not total:
+        return []
+    return [
+        *((name, value, f"{100 * value / total:.1f} %") for name, value in medians.items()),
+        ("whole system", total, ""),
+    ]
 
 
 def _grids(log: RunLog, step: int, notes: list[str]) -> Iterator[Grid]:

@@ -87,7 +87,7 @@ def read_jsonl(path: Path, notes: list[str], *, optional: bool = False) -> Itera
         elif number == last:
             notes.append(f"{path.name} ends in a torn line (the run was killed there); it is left out.")
         else:
-            notes.append(f"{path.name}, line {number + 1}, is not readable and left out.")
+            notes.append(f"{path.name}, line {number + 1}, is torn and left out.")
 
 
 def _last_word(records: list[Record]) -> tuple[list[Record], list[Record], int]:

@@ -145,11 +145,20 @@ def test_an_empty_run_says_of_every_part_that_it_is_missing(tmp_path: Path) -> N
 def test_alarms_stand_at_the_top(tmp_path: Path) -> None:
     worse = evaluation(10, alarm=True)
     worse["velocity_loss"]["text"] = 0.9
-    skip = {"kind": "event", "step": 10, "event": "nan_skip", "detail": "loss"}
+    skip = {"kind": "event", "step": 10, "event": "nan_skip", "detail": {"loss": "nan", "keys": ["k1", "k2"]}}
     page = report_of(write_run(tmp_path, [train(10), worse, skip]))
     curves = page.text.index("Held-out velocity loss")
     for phrase in ("Copying alarm", "The text condition does not help", "that was not finite: 1."):
         assert page.text.index(phrase) < curves
+    assert "nan_skip loss nan, keys k1, k2" in page.text
+
+
+def test_parts_whose_outputs_are_cached_count_nothing(tmp_path: Path) -> None:
+    cached = {"generator": 0.05, "mllm": 0.02, "vit": 0, "vae": 0}
+    page = report_of(write_run(tmp_path, [train(s, tflops=cached) for s in (1, 2)]))
+    assert "vit 0 0.0 %" in page.text
+    nothing = [train(s, tflops=dict.fromkeys(cached, 0)) for s in (1, 2)]
+    assert "Throughput by part was not logged" in report_of(write_run(tmp_path / "none", nothing)).text
 
 
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:

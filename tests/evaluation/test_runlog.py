@@ -26,12 +26,12 @@ def test_a_torn_last_line_is_left_out_and_named(tmp_path: Path) -> None:
     assert any("torn line" in note for note in log.notes)
 
 
-def test_an_unreadable_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
+def test_a_torn_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
     lines = ['{"kind": "train", "step": 1}', '{"kind": "tra', '{"kind": "train", "step": 2}', ""]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     log = read_run(tmp_path)
     assert steps(log.train) == [1, 2]
-    assert any("metrics.jsonl, line 2, is not readable" in note for note in log.notes)
+    assert any("metrics.jsonl, line 2, is torn" in note for note in log.notes)
 
 
 def test_steps_repeated_after_a_resume_keep_their_last_value(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _warnings(log: RunLog) -> list[str]:
     out = []
     copying = _last(log.evals, "copying") or {}
     if copying.get("alarm"):
-        reason = copying.get("reason") or "generated pictures match the input more than their condition explains."
+        reason = copying.get("reason") or "pictures match the input beyond what the condition says."
         out.append(f"Copying alarm: {reason}")
     losses = _last(log.evals, "velocity_loss") or {}
     null = losses.get("null")
@@ -178,7 +178,7 @@ def _warnings(log: RunLog) -> list[str]:
     if skips:
         out.append(f"Steps skipped for a loss or gradient that was not finite: {skips}.")
     if log.quarantine:
-        out.append(f"Samples that could not be used: {len(log.quarantine)}. They are listed under Bad samples.")
+        out.append(f"Samples that could not be used: {len(log.quarantine)} (see Bad samples).")
     return out
 
 

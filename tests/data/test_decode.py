@@ -93,9 +93,9 @@ def test_a_palette_keeps_its_colours_and_its_transparent_entry_becomes_white():
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped():
-    levels_HW = np.array([[0, 257, 32_768, 65_535]] * 4, np.uint16)
+    levels_HW = np.array([[0, 400, 32_768, 65_535]] * 4, np.uint16)
     decoded_CHW = decode_image(encode(Image.fromarray(levels_HW)), 4)
-    assert decoded_CHW[0, 0].tolist() == [0, 1, 128, 255]
+    assert decoded_CHW[0, 0].tolist() == [0, 2, 128, 255]
     assert torch.equal(decoded_CHW[0], decoded_CHW[2])
 
 

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from transformers import PreTrainedTokenizerBase
 
+from examples.tiny.mllm_tokenizer import SPECIAL_IDS
 from examples.tiny.shape_scenes import (
     COLOURS,
     RELATIONS,
@@ -195,9 +196,9 @@ def collate(samples: Sequence[CaptionedImage], tokenizer: PreTrainedTokenizerBas
     """Stacks samples into the tensors of one batch."""
     ids = [tokenizer.encode(s.caption, add_special_tokens=False) for s in samples]
     longest = max(len(i) for i in ids) + 1
-    caption_BS = torch.full((len(ids), longest), tokenizer.convert_tokens_to_ids("<pad>"), dtype=torch.long)
+    caption_BS = torch.full((len(ids), longest), SPECIAL_IDS["<pad>"], dtype=torch.long)
     for row, tokens in enumerate(ids):
-        caption_BS[row, : len(tokens) + 1] = torch.tensor([*tokens, tokenizer.eos_token_id])
+        caption_BS[row, : len(tokens) + 1] = torch.tensor([*tokens, SPECIAL_IDS["</s>"]])
     return CaptionBatch(
         pixels_BCHW=pixels([s.image for s in samples]),
         caption_BS=caption_BS,

@@ -22,11 +22,11 @@ NULL_PROMPT = "Generate an image."
 class MllmTraining:
     """Settings of one run. The defaults are those of the shipped model."""
 
-    steps: int = 2800
-    batch_images: int = 32
-    learning_rate: float = 1.5e-3
+    steps: int = 2100
+    batch_images: int = 24
+    learning_rate: float = 1.3e-3
     final_learning_rate: float = 2e-5
-    warm_up_steps: int = 150
+    warm_up_steps: int = 120
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     seed: int = 0

@@ -29,6 +29,7 @@ from examples.tiny.mllm_data import (
     training_texts,
 )
 from examples.tiny.mllm_model import AUX_PROMPTS, NULL_PROMPT, image_prefix, run_language_model, token_losses
+from examples.tiny.mllm_tokenizer import SPECIAL_IDS
 
 HERE = Path(__file__).parent
 Change = Callable[[torch.Tensor], torch.Tensor]  # pixels_BCHW -> pixels_BCHW
@@ -104,7 +105,7 @@ def unigram_loss(mllm: TinyMllm, training: Sequence[str], samples: Sequence[Capt
     """Nats per token, `</s>` counted, under the training tokens' frequencies (add-one smoothed)."""
     count_V = torch.ones(len(mllm.tokenizer), dtype=torch.float64)
     for text in training:
-        for token in (*mllm.tokenizer.encode(text, add_special_tokens=False), mllm.tokenizer.eos_token_id):
+        for token in (*mllm.tokenizer.encode(text, add_special_tokens=False), SPECIAL_IDS["</s>"]):
             count_V[token] += 1
     log_V = (count_V / count_V.sum()).log()
     batch = collate(samples, mllm.tokenizer)
@@ -148,7 +149,7 @@ def describe(mllm: TinyMllm, images: Sequence[Image.Image], longest: int = 32) -
         embeds_BLD = torch.cat([embeds_BLD, mllm.model.get_input_embeddings()(token_B1)], dim=1)
     captions = []
     for row in torch.cat(tokens, dim=1).tolist():
-        end = row.index(mllm.tokenizer.eos_token_id) if mllm.tokenizer.eos_token_id in row else len(row)
+        end = row.index(SPECIAL_IDS["</s>"]) if SPECIAL_IDS["</s>"] in row else len(row)
         captions.append(mllm.tokenizer.decode(row[:end], skip_special_tokens=True))
     return captions
 
@@ -259,7 +260,7 @@ def main(arguments: list[str]) -> int:
     text = README.format(
         parameters=sum(p.numel() for p in mllm.model.parameters()) / 1e6,
         side_px=SIDE_PX,
-        width=mllm.model.config.text_config.hidden_size,
+        width=mllm.model.lm_head.in_features,
         vocabulary=len(mllm.tokenizer),
         steps=settings["steps"],
         steps_done=settings["steps_done"],

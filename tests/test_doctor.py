@@ -1,0 +1,100 @@
+"""iomm doctor on this machine, and on machines described to it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import iomm_kernels
+from iomm import doctor
+from iomm.doctor import Check, Gpu, Machine, collect, render
+
+VERSIONS = {"torch": "2.14.1", "megatron-core": "0.19.2", "pillow": "13.0.0", "triton": "3.8.0"}
+H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, "9.0", "580.10")
+TE = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"), "2.20.2")
+CPU_ONLY = Machine(gpus=(), torch_cuda=None, versions=VERSIONS, modules=frozenset(), unmet=())
+
+
+def check(name: str, machine: Machine = CPU_ONLY, **changes: object) -> Check:
+    return [c for c in collect(dataclasses.replace(machine, **changes)) if c.name == name][-1]
+
+
+def test_this_machine_can_run_the_local_backend() -> None:
+    checks = collect()
+    assert [c.status for c in checks if c.name == "local"] == ["ok"]
+    assert not [c.detail for c in checks if c.name == "requirement" and "iomm needs" in c.detail]
+    assert "a run on this machine uses" in render(checks)
+
+
+def test_a_machine_without_a_gpu_runs_on_cpu_and_says_why_te_is_not_usable() -> None:
+    assert check("device").detail.startswith("cpu")
+    assert check("te").status == "no"
+    assert "not installed" in check("te").detail
+    assert "it needs a GPU, and none is here" in check("te", versions=VERSIONS | TE).detail
+
+
+def test_a_gpu_is_named_and_used() -> None:
+    assert "H100 80GB HBM3, 80 GiB, compute capability 9.0" in check("GPU 0", gpus=(H100,)).detail
+    assert check("device", gpus=(H100,)).detail.startswith("cuda")
+    assert check("te", gpus=(H100,)).fix == "pip install -e '.[cuda]'"
+
+
+def test_a_gpu_that_torch_cannot_use_is_broken_and_the_run_is_on_cpu() -> None:
+    reason = "torch 2.14.1+cpu is a CPU build and does not see the GPU"
+    assert check("torch and GPU", gpus=(H100,), torch_cuda=reason).status == "broken"
+    assert check("device", gpus=(H100,), torch_cuda=reason).detail.startswith("cpu")
+
+
+def test_transformer_engine_installed_in_part_names_what_is_missing() -> None:
+    part = {"transformer-engine": "2.20.2", "transformer-engine-cu13": "2.20.2"}
+    assert "installed without transformer-engine-torch" in check("te", versions=VERSIONS | part).detail
+
+
+def test_a_missing_requirement_is_broken_and_names_the_command() -> None:
+    without = {"torch": "2.14.1"}
+    assert check("local", versions=without).status == "broken"
+    assert "megatron-core" in check("local", versions=without).detail
+    assert check("requirement", unmet=("diffusers is not installed; iomm needs diffusers>=0.42",)).fix
+
+
+def test_apex_from_the_package_index_is_not_taken_for_the_one_of_nvidia() -> None:
+    assert "not NVIDIA's" in check("apex", versions=VERSIONS | {"apex": "0.9.10"}).detail
+    assert check("apex", modules=frozenset({"amp_C"})).status == "ok"
+    assert "not needed" in check("apex").detail
+
+
+def test_an_old_resiliency_extension_is_broken_and_a_newer_one_is_not_mentioned() -> None:
+    name = "nvidia-resiliency-ext"
+    assert check(name, versions=VERSIONS | {name: "0.4.1"}).status == "broken"
+    newer = dataclasses.replace(CPU_ONLY, versions=VERSIONS | {name: "0.6.0"})
+    assert name not in [c.name for c in collect(newer)]
+
+
+def test_the_driver_is_asked_for_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ("NVIDIA H100 80GB HBM3, 81559, 9.0, 580.10", "NVIDIA GB10, [N/A], 12.1, 580.10")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    first, second = doctor._gpus()
+    assert first._replace(memory_gib=round(first.memory_gib, 1)) == H100
+    assert second.memory_gib == 0
+
+
+def test_a_driver_tool_that_fails_means_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._gpus() == ()
+
+
+def test_no_operator_is_claimed_while_the_kernels_package_holds_none() -> None:
+    modules = {path.stem for path in Path(iomm_kernels.__path__[0]).glob("*.py")}
+    assert modules == {"__init__"}, "iomm_kernels has operators now: let iomm.doctor say which are usable"
+    assert check("triton").status == "no"
+
+
+def test_what_is_shown_is_one_line_a_check_and_the_fix_below_it() -> None:
+    lines = render([Check(section="s", name="a", status="no", detail="why", fix="do this")]).splitlines()
+    assert lines == ["s", "  no  a  why", "         -> do this"]

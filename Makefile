@@ -24,6 +24,7 @@ lint: setup  ## ruff, basedpyright, import-linter
 	@PYTHONPATH=.:kernels $(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 smoke: setup  ## five training steps of stage 1
+	@rm -rf runs/smoke
 	@$(PY) -m iomm.cli train examples/configs/tiny_stage1.py --set name=smoke --set train.steps=5 $(ARGS)
 
 bench: setup  ## frozen-prefix split against the naive full pass: time and peak memory

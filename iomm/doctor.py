@@ -88,7 +88,7 @@ def render(checks: list[Check]) -> str:
         lines.append(f"  {marks[check.status]}{check.name:<{width}}  {check.detail}".rstrip())
         if check.fix:
             lines.append(f"      {'':<{width}}  -> {check.fix}")
-    return "\n".join(lines)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def look() -> Machine:

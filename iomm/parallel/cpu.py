@@ -5,13 +5,17 @@ Megatron-Core 0.19 asks for `device="cuda"`, streams and `torch.cuda.*Tensor` by
 that forwards everything to the real torch except the CUDA device. torch itself stays as it is, so anybody
 else's `device="cuda"` still fails as it must.
 
-Three things cannot be reached that way, each patched where it stands:
+Five things cannot be reached that way, each patched where it stands:
 - `tensor.type() == "torch.cuda.FloatTensor"` compares with a constant: the constants of those functions are
   rewritten.
 - setting the CUDA generator's state goes through torch's C library: the function is replaced in Megatron's
   module.
 - without apex and Transformer Engine the distributed optimizer falls back to torch's AdamW, whose checkpoint
   it cannot load: `iomm.parallel.adam.Adam` keeps apex's contract.
+- the distributed optimizer moves its state to the GPU to gather it, unless told that the group is gloo: it
+  is.
+- two collectives are bound at import by names that torch 2.14 warns about at every run; they get the new
+  ones.
 
 With a GPU `prepare()` does nothing.
 """
@@ -52,6 +56,8 @@ _MODULES = (
     "dist_checkpointing.strategies.fully_parallel",
     "dist_checkpointing.strategies.state_dict_saver",
 )
+# Megatron imports these inside functions, where their warnings would come up in the middle of a run.
+_IMPORTED_LATE = ("models.mimo.model.base", "transformer.multi_token_prediction")
 _FACTORIES = (
     "zeros",
     "ones",
@@ -88,6 +94,8 @@ def prepare() -> None:
     modules["tensor_parallel.random"].__dict__["_set_cuda_rng_state"] = _set_rng_state
     _accept_cpu_tensors(modules)
     _use_our_adam(modules["optimizer.distrib_optimizer"])
+    _gather_state_over_gloo(modules["optimizer.distrib_optimizer"].DistributedOptimizer)
+    _use_present_names_of_collectives(modules)
     _prepared = True
 
 
@@ -100,6 +108,8 @@ def _import_megatron() -> dict[str, types.ModuleType]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         modules = {name: importlib.import_module(f"megatron.core.{name}") for name in _MODULES}
+        for name in _IMPORTED_LATE:
+            importlib.import_module(f"megatron.core.{name}")
     extension_log.setLevel(level)
     return modules
 
@@ -177,21 +187,6 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
-class _CpuTensorType(str):
-    """Equal to the name of the CPU's tensor type of one dtype; stands where Megatron compares with the CUDA
-    name."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        # fp64 passes where fp32 does: the double-precision runs of the tests.
-        return str.__eq__(self, other) or (
-            str.__eq__(self, "torch.FloatTensor") and other == "torch.DoubleTensor"
-        )
-
-    __hash__ = str.__hash__
-
-
 def _accept_cpu_tensors(modules: dict[str, types.ModuleType]) -> None:
     optimizer = modules["optimizer.optimizer"].Float16OptimizerWithFloat16Params
     distributed = modules["optimizer.distrib_optimizer"].DistributedOptimizer
@@ -199,7 +194,6 @@ def _accept_cpu_tensors(modules: dict[str, types.ModuleType]) -> None:
         optimizer.__init__,
         distributed.__init__,
         distributed._build_model_and_main_param_groups.__func__,
-        modules["optimizer.clip_grads"].clip_grad_by_total_norm_fp32,
     )
     for function in functions:
         code = function.__code__
@@ -210,7 +204,7 @@ def _without_cuda(constant: Any) -> Any:
     if isinstance(constant, tuple):
         return tuple(_without_cuda(c) for c in constant)
     if isinstance(constant, str) and constant.startswith("torch.cuda.") and constant.endswith("Tensor"):
-        return _CpuTensorType(constant.replace("torch.cuda.", "torch."))
+        return constant.replace("torch.cuda.", "torch.")
     return constant
 
 
@@ -218,3 +212,25 @@ def _use_our_adam(distrib_optimizer: types.ModuleType) -> None:
     optimizer = importlib.import_module("megatron.core.optimizer")
     optimizer.__dict__.update(Adam=Adam, USING_PYTORCH_OPTIMIZER=False)
     distrib_optimizer.__dict__.update(Adam=Adam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+
+
+def _gather_state_over_gloo(distributed_optimizer: type) -> None:
+    gather = distributed_optimizer.get_parameter_state_dp_zero  # type: ignore[attr-defined]
+
+    def gather_over_gloo(self: Any, use_gloo_comm: bool = True, **kwargs: Any) -> Any:
+        del use_gloo_comm
+        self.data_parallel_group_gloo = self.data_parallel_group
+        return gather(self, use_gloo_comm=True, **kwargs)
+
+    distributed_optimizer.get_parameter_state_dp_zero = gather_over_gloo  # type: ignore[attr-defined]
+
+
+def _use_present_names_of_collectives(modules: dict[str, types.ModuleType]) -> None:
+    renamed = {
+        "dist_all_gather_func": "all_gather_single",
+        "dist_reduce_scatter_func": "reduce_scatter_single",
+    }
+    for module in modules.values():
+        for bound, name in renamed.items():
+            if hasattr(module, bound) and hasattr(torch.distributed, name):
+                module.__dict__[bound] = getattr(torch.distributed, name)

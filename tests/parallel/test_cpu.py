@@ -37,22 +37,3 @@ def test_transformer_engine_is_not_importable_without_a_gpu() -> None:
     cpu.prepare()
     with pytest.raises(ImportError):
         __import__("transformer_engine")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clipping_accepts_the_tensor_type_of_the_cpu(mesh: object, dtype: torch.dtype) -> None:
-    from megatron.core.optimizer import clip_grads
-
-    weight = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
-    weight.grad = torch.tensor([3.0, 4.0], dtype=dtype)
-    clip_grads.clip_grad_by_total_norm_fp32([weight], 1.0, 5.0)
-    assert torch.allclose(weight.grad, torch.tensor([0.6, 0.8], dtype=dtype))
-
-
-def test_clipping_still_refuses_half_precision(mesh: object) -> None:
-    from megatron.core.optimizer import clip_grads
-
-    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    weight.grad = torch.ones(2, dtype=torch.bfloat16)
-    with pytest.raises(AssertionError):
-        clip_grads.clip_grad_by_total_norm_fp32([weight], 1.0, 5.0)

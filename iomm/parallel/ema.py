@@ -42,7 +42,7 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights."""
-        torch._foreach_lerp_(
+        torch.ops.aten._foreach_lerp_.Scalar(
             list(self.weights.values()), [w.detach() for w in self._masters.values()], 1.0 - self.decay
         )
 

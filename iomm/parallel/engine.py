@@ -194,8 +194,9 @@ class Engine:
     def _update(self, grad_norm: float) -> None:
         scale = self._clip_norm / (grad_norm + 1e-6)
         if self._clip_norm > 0 and scale < 1:
-            torch._foreach_mul_([p.grad for p in self._optimizer.get_parameters() if p.grad is not None],
-            scale)
+            torch.ops.aten._foreach_mul_.Scalar(
+                [p.grad for p in self._optimizer.get_parameters() if p.grad is not None], scale
+            )
         self._optimizer.step_with_ready_grads()
         if self.ema is not None:
             self.ema.update()
@@ -215,12 +216,13 @@ class _Chunk(MegatronModule):
         """Without pipeline stages nothing comes from a stage before."""
 
 
-def _check(module: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig) ->
-None:
+def _check(
+    module: nn.Module, optimizer: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig
+) -> None:
     if train.precision == "fp64" and parallel.distributed_optimizer:
         raise ValueError(
-            "train.precision = fp64 does not work with Megatron's distributed optimizer, which keeps fp32
-            masters. " "Set parallel.distributed_optimizer=false."
+            "train.precision = fp64 does not work with Megatron's distributed optimizer, which keeps "
+            "fp32 masters. Set parallel.distributed_optimizer=false."
         )
     if train.precision == "bf16" and parallel.distributed_optimizer and optimizer.ema_decay is not None:
         raise ValueError(
@@ -229,8 +231,8 @@ None:
         )
     if optimizer.schedule == "cosine" and optimizer.warmup_steps >= train.steps:
         raise ValueError(
-            f"optimizer.warmup_steps {optimizer.warmup_steps} leaves no step of the {train.steps} of
-            train.steps for " "the cosine. Lower the warm-up, or set optimizer.schedule=constant."
+            f"optimizer.warmup_steps {optimizer.warmup_steps} leaves no step of the {train.steps} of "
+            "train.steps for the cosine. Lower the warm-up, or set optimizer.schedule=constant."
         )
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError("the module has no trainable parameter. Check which parts are frozen.")
@@ -260,8 +262,11 @@ def _wrap(
 
 
 def _optimizer(
-    ddp: DistributedDataParallel, settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig,
-        mesh: Mesh
+    ddp: DistributedDataParallel,
+    settings: OptimizerConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
 ) -> Any:
     config = megatron_optimizer.OptimizerConfig(
         optimizer="adam",
@@ -279,7 +284,7 @@ def _optimizer(
     # Without no_grad the distributed optimizer's shards of fp32 weights are graph nodes, and torch warns at
     # every step.
     with torch.no_grad():
-        built = megatron_optimizer.get_megatron_optimizer(
+        built: Any = megatron_optimizer.get_megatron_optimizer(
             config, [ddp], pg_collection=mesh.groups, use_gloo_process_groups=False
         )
     if mesh.world_size == 1:

@@ -4,40 +4,12 @@ from pathlib import Path
 
 import torch
 
-
-def save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer of letters and a few words: any lower-case text has tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<pad>": 0, "<unk>": 1, **{chr(c): c for c in range(33, 127)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+from iomm.conditioning.random_mllm import save_random_internvl
 
 
-def save_internvl(folder: Path, width: int = 32, image_px: int = 16, layers: int = 2, patch_px: int = 4) -> Path:
-    """A random InternVL: (image_px / patch_px / 2)^2 visual tokens of `width` channels."""
-    import json
-
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
-
-    torch.manual_seed(0)
-    vision = InternVLVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=[image_px, image_px], patch_size=[patch_px, patch_px], use_absolute_position_embeddings=True,
-    )  # fmt: skip
-    text = Qwen2Config(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=max(1, width // 16),
-        num_key_value_heads=max(1, width // 32), vocab_size=200, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=199, downsample_ratio=0.5)
-    config.vision_config.image_size = [image_px, image_px]
-    InternVLForConditionalGeneration(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    preprocessing = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": image_px, "width": image_px}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return folder
+def save_internvl(folder: Path) -> Path:
+    """4 visual tokens of 32 channels, images of 16 px."""
+    return save_random_internvl(folder, width=32, layers=2, image_tokens=4, image_px=16)
 
 
 def save_vae(folder: Path) -> Path:

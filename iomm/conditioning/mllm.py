@@ -55,7 +55,9 @@ class FrozenMllm:
     def __init__(self, config: MllmConfig, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration
         from transformers.image_processing_base import ImageProcessingMixin
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # one bar a rank would bury the run's own
         where = _existing(config)
         kind = AutoConfig.from_pretrained(where, revision=config.revision).model_type
         if kind != "internvl":

@@ -29,7 +29,9 @@ class PrefixBuilder:
             except ValueError as error:
                 raise ValueError(f"condition.{name}: {error}") from error
 
-    def for_training(self, captions: Sequence[str | None], patches_BND: Tensor | None, seed: int, index_B: Tensor) -> Prefix:
+    def for_training(
+        self, captions: Sequence[str | None], patches_BND: Tensor | None, seed: int, index_B: Tensor
+    ) -> Prefix:
         """Prefix of a training batch; mask and null draws are functions of (seed, global sample index).
 
         Args:
@@ -55,7 +57,13 @@ class PrefixBuilder:
         texts = [self.config.aux_prompt] * len(patches_BND)
         return self.build(texts, patches_BND, torch.ones(len(patches_BND), dtype=torch.bool), keep_BN)
 
-    def build(self, texts: Sequence[str], patches_BND: Tensor | None, image_B: Tensor | None, keep_BN: Tensor | None) -> Prefix:
+    def build(
+        self,
+        texts: Sequence[str],
+        patches_BND: Tensor | None,
+        image_B: Tensor | None,
+        keep_BN: Tensor | None,
+    ) -> Prefix:
         """Rows [ text | patches ]; `image_B` says which rows have patches, `keep_BN` which of those are unmasked."""
         device = self.mllm.device
         ids = [torch.tensor(self.mllm.tokenize(text)) for text in texts]

@@ -50,28 +50,47 @@ class StreamWeights(nn.Module):
         q, k, v = split_heads(self.qkv(modulate(x_LBD, shift_BD, scale_BD)), self.head_size)
         return *self.norm(q, k), v
 
-    def update(self, x_LBD: Tensor, attended: Tensor, gates: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        gate_attention, shift, scale, gate_mlp = gates
-        x_LBD = x_LBD + gate_attention * self.attention_out(attended)
-        return x_LBD + gate_mlp * self.mlp(modulate(x_LBD, shift, scale))
+    def update(
+        self,
+        x_LBD: Tensor,
+        attended: Tensor,
+        gate_attention_BD: Tensor,
+        shift_BD: Tensor,
+        scale_BD: Tensor,
+        gate_mlp_BD: Tensor,
+    ) -> Tensor:
+        x_LBD = x_LBD + gate_attention_BD * self.attention_out(attended)
+        return x_LBD + gate_mlp_BD * self.mlp(modulate(x_LBD, shift_BD, scale_BD))
 
 
 class DoubleBlock(nn.Module):
-    """Joint attention of two streams with separate weights."""
+    """Joint attention of two streams with separate weights.
 
-    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+    `last`: nothing reads the condition stream after this block, so its update is left out. The weights of that update are
+    kept, frozen, because FLUX's layout has them; trained, they would wait for a gradient that never comes.
+    """
+
+    def __init__(self, layers: Layers, config: GeneratorConfig, *, last: bool) -> None:
         super().__init__()
         self.condition = StreamWeights(layers, config)
         self.image = StreamWeights(layers, config)
+        self.last = last
+        if last:
+            self.condition.attention_out.requires_grad_(False)
+            self.condition.mlp.requires_grad_(False)
 
-    def forward(self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
         x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
         c_qkv, x_qkv = self.condition.project(c_TBD, c_shift, c_scale), self.image.project(x_LBD, x_shift, x_scale)
         q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
         attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
         c_attended, x_attended = attended.split((c_TBD.shape[0], x_LBD.shape[0]))
-        return self.condition.update(c_TBD, c_attended, tuple(c_gates)), self.image.update(x_LBD, x_attended, tuple(x_gates))
+        if not self.last:
+            c_TBD = self.condition.update(c_TBD, c_attended, *c_gates)
+        return c_TBD, self.image.update(x_LBD, x_attended, *x_gates)
 
 
 class SingleBlock(nn.Module):
@@ -109,13 +128,21 @@ class MMDiT(nn.Module):
         self.image_in = layers.replicated(config.token_channels, d)
         self.condition_in = layers.replicated(config.condition_width, d)
         self.time = TimeEmbedding(layers, d)
-        self.double_blocks = nn.ModuleList(DoubleBlock(layers, config) for _ in range(config.double_blocks))
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(layers, config, last=config.single_blocks == 0 and i == config.double_blocks - 1)
+            for i in range(config.double_blocks)
+        )
         self.single_blocks = nn.ModuleList(SingleBlock(layers, config) for _ in range(config.single_blocks))
         self.out_modulation = Modulation(layers, d, 2)
         self.out = zero_init(layers.replicated(d, config.token_channels))
 
     def forward(
-        self, x_t_BLC: Tensor, t_B: Tensor, condition_BTE: Tensor, positions_L3: Tensor, attend_BT: Tensor | None = None
+        self,
+        x_t_BLC: Tensor,
+        t_B: Tensor,
+        condition_BTE: Tensor,
+        positions_L3: Tensor,
+        attend_BT: Tensor | None = None,
     ) -> Tensor:
         """Predict for noisy tokens.
 

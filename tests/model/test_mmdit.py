@@ -1,0 +1,132 @@
+"""The generator: parameter counts, positions, masks, dtypes, initial weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from iomm.conditioning.adapter import ResidualQueryAdapter
+from iomm.config import GeneratorConfig, ParallelConfig
+from iomm.flow.path import grid_positions
+from iomm.model.init import initialize
+from iomm.model.mmdit import MMDiT
+from iomm.parallel.backend import Layers, transformer_config
+from iomm.parallel.mesh import start
+from iomm.presets import b, large
+
+SMALL = GeneratorConfig(
+    hidden_size=32, heads=2, double_blocks=2, single_blocks=1, rope_axes=(4, 6, 6), token_channels=8, condition_width=12
+)
+
+
+def make(config=SMALL, dtype=torch.float64, seed=0):
+    parallel = ParallelConfig()
+    mesh = start(parallel)
+    model = MMDiT(config, Layers(transformer_config(config.hidden_size, config.heads, dtype, mesh, parallel), mesh))
+    if model.image_in.weight.device.type != "meta":
+        initialize(model, seed)
+    return model
+
+
+def perturbed(model):
+    """Leave the zero gates of the start, so that everything has an influence."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.1)
+    return model
+
+
+def inputs(dtype=torch.float64, b_=3, rows=2, columns=3, t=5):
+    torch.manual_seed(1)
+    return (
+        torch.randn(b_, rows * columns, 8, dtype=dtype),
+        torch.rand(b_),
+        torch.randn(b_, t, 12, dtype=dtype),
+        grid_positions(rows, columns),
+    )
+
+
+@pytest.mark.parametrize(("preset", "billions"), [(b, 1.6), (large, 2.7)])
+def test_presets_have_the_papers_parameter_counts(preset, billions):
+    with torch.device("meta"):
+        model = make(preset("x", ["x.tar"]).generator, torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    assert abs(count / (billions * 1e9) - 1) < 0.02
+
+
+def test_the_adapter_has_the_papers_parameter_count_at_width_1536():
+    with torch.device("meta"):
+        adapter = ResidualQueryAdapter(1536, 256, 12)
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == 28.7
+
+
+def test_the_output_has_the_shape_of_the_noisy_tokens_and_starts_at_zero():
+    x, t, c, positions = inputs()
+    out = make()(x, t, c, positions)
+    assert out.shape == x.shape
+    assert out.abs().max() == 0
+
+
+def test_samples_do_not_see_each_other():
+    model = perturbed(make())
+    x, t, c, positions = inputs()
+    together = model(x, t, c, positions)
+    for i in range(3):
+        torch.testing.assert_close(model(x[i : i + 1], t[i : i + 1], c[i : i + 1], positions)[0], together[i])
+
+
+def test_condition_tokens_that_do_not_count_have_no_influence():
+    model = perturbed(make())
+    x, t, c, positions = inputs()
+    attend = torch.ones(3, 5, dtype=torch.bool)
+    attend[:, 3:] = False
+    masked = model(x, t, c, positions, attend)
+    torch.testing.assert_close(masked, model(x, t, c[:, :3], positions))
+    changed = torch.where(attend[..., None], c, torch.randn_like(c))
+    torch.testing.assert_close(masked, model(x, t, changed, positions, attend))
+    assert (masked - model(x, t, c, positions)).abs().max() > 1e-4
+
+
+def test_condition_order_has_no_influence_and_image_position_has():
+    # Condition tokens all sit at position 0; image tokens are told apart by rope only.
+    model = perturbed(make())
+    x, t, c, positions = inputs()
+    base = model(x, t, c, positions)
+    torch.testing.assert_close(model(x, t, c.flip(1), positions), base)
+    assert (model(x, t, c, positions.flip(0)) - base).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("single_blocks", [0, 1])
+def test_every_trained_parameter_gets_a_gradient(single_blocks):
+    # A trained parameter without one would stall Megatron's overlapped gradient reduction.
+    model = perturbed(make(dataclasses.replace(SMALL, single_blocks=single_blocks)))
+    x, t, c, positions = inputs()
+    model(x, t, c, positions).square().sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None or p.grad.abs().max() == 0] == []
+    frozen = {name for name, p in model.named_parameters()} - trained.keys()
+    unread = ("double_blocks.1.condition.attention_out", "double_blocks.1.condition.mlp")
+    assert all(name.startswith(unread) for name in frozen)
+    assert bool(frozen) == (single_blocks == 0)
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    first, again, other = (dict(make(seed=s).named_parameters()) for s in (0, 0, 1))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    changed = [n for n in first if not torch.equal(first[n], other[n])]
+    assert "double_blocks.0.image.qkv.weight" in changed and "out.weight" not in changed
+    deeper = dict(make(dataclasses.replace(SMALL, double_blocks=3)).named_parameters())
+    assert all(torch.equal(first[n], deeper[n]) for n in first)
+
+
+def test_bf16_stays_near_fp64():
+    model, wide = perturbed(make(dtype=torch.bfloat16)), perturbed(make())
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+            q.copy_(p)
+    x, t, c, positions = inputs()
+    exact = wide(x, t, c, positions)
+    out = model(x.bfloat16(), t, c.bfloat16(), positions)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() < 0.05 * exact.abs().max()

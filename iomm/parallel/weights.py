@@ -8,11 +8,16 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from iomm.parallel import cpu
 from iomm.parallel.mesh import Mesh
 
-# isort: split
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+cpu.prepare()  # before the first import of Megatron
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.utils import (  # noqa: E402
+    make_sharded_tensor_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
+)
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Frozen latent codecs: pixels <-> latent tokens.
 
-`AutoencoderKL` in FLUX's layout: x = (latent - shift) * scale, packed 2x2 (16 channels, 8x down: 64 numbers a token).
-B samples, L tokens, C numbers in a token, H x W pixels.
+`AutoencoderKL` in FLUX's layout: x = (latent - shift) * scale, packed 2x2 (16 channels, 8x down: 64 numbers a
+token). B samples, L tokens, C numbers in a token, H x W pixels.
 """
 
 import hashlib
@@ -29,12 +29,15 @@ class LatentCodec:
         path = Path(config.path)
         if (path.is_absolute() or config.path.count("/") > 1) and not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"no autoencoder at {config.path}: {path / 'config.json'} is missing. Put a diffusers folder there, or set codec.path "
+                f"no autoencoder at {config.path}: {path / 'config.json'} is missing. Put a "
+                "diffusers folder there, or set codec.path "
                 "to one (for instance the vae/ folder of a FLUX.1 download)."
             )
         declared = AutoencoderKL.load_config(config.path, revision=config.revision)["_class_name"]
         if declared != "AutoencoderKL":
-            raise ValueError(f"the autoencoder at {config.path} is a {declared}; this version takes AutoencoderKL.")
+            raise ValueError(
+                f"the autoencoder at {config.path} is a {declared}; this version takes AutoencoderKL."
+            )
         vae: Any = AutoencoderKL.from_pretrained(config.path, revision=config.revision, torch_dtype=dtype)
         self.vae: Any = vae.to(device).eval().requires_grad_(False)
         self.dtype, self.device, self.patch = dtype, device, config.patch
@@ -55,7 +58,10 @@ class LatentCodec:
         """
         unit = self.downsampling * self.patch
         if image_px % unit:
-            raise ValueError(f"data.image_px {image_px} is not a multiple of the {unit} pixels of one token. Choose a multiple.")
+            raise ValueError(
+                f"data.image_px {image_px} is not a multiple of the {unit} pixels of one token. "
+                "Choose a multiple."
+            )
         return image_px // unit
 
     @torch.no_grad()
@@ -68,7 +74,9 @@ class LatentCodec:
     def decode(self, x_BLC: Tensor) -> Tensor:
         """Normalised latent tokens of square images -> uint8 RGB (B, 3, H, W)."""
         side = int(x_BLC.shape[1] ** 0.5)
-        latent = unpatchify(x_BLC.to(self.device, self.dtype), self.patch, side, side) / self.scale + self.shift
+        latent = (
+            unpatchify(x_BLC.to(self.device, self.dtype), self.patch, side, side) / self.scale + self.shift
+        )
         return ((self.vae.decode(latent).sample.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def identity(self) -> str:

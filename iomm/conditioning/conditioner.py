@@ -1,6 +1,7 @@
 """The trained half of the condition: adapter before the frozen MLLM, connector behind it.
 
-B samples, P prefix positions, Q queries, T condition tokens (Q, or P + Q), D MLLM channels, E condition channels.
+B samples, P prefix positions, Q queries, T condition tokens (Q, or P + Q), D MLLM channels, E condition
+channels.
 """
 
 import torch
@@ -14,13 +15,23 @@ from iomm.config import ConditionConfig
 
 
 class Conditioner(nn.Module):
-    """c -> [c | RQA(c)] -> frozen MLLM -> connector -> condition tokens. The MLLM is an argument, not a submodule: it is neither
-    trained nor saved."""
+    """c -> [c | RQA(c)] -> frozen MLLM -> connector -> condition tokens. The MLLM is an argument, not a
+    submodule: it is neither trained nor saved."""
 
-    def __init__(self, config: ConditionConfig, mllm_width: int, condition_width: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ConditionConfig,
+        mllm_width: int,
+        condition_width: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.adapter = ResidualQueryAdapter(mllm_width, config.queries, config.adapter_heads, dtype) if config.queries else None
+        self.adapter = (
+            ResidualQueryAdapter(mllm_width, config.queries, config.adapter_heads, dtype)
+            if config.queries
+            else None
+        )
         self.connector = Connector(config.connector, mllm_width, condition_width, dtype)
 
     def forward(self, mllm: FrozenMllm, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
@@ -41,5 +52,7 @@ class Conditioner(nn.Module):
         else:
             states = mllm.full(q_BQD, prefix)
             states = states[:, -q_BQD.shape[1] :] if queries_only else states
-        attend_BT = None if queries_only else functional.pad(prefix.attend_BP, (0, q_BQD.shape[1]), value=True)
+        attend_BT = (
+            None if queries_only else functional.pad(prefix.attend_BP, (0, q_BQD.shape[1]), value=True)
+        )
         return states, attend_BT

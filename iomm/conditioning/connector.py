@@ -1,4 +1,5 @@
-"""The connector: MLLM output states -> condition tokens of the generator (OpenUni, arXiv 2505.23661; method.md section 2).
+"""The connector: MLLM output states -> condition tokens of the generator (OpenUni, arXiv 2505.23661;
+method.md section 2).
 
 B samples, T positions, D MLLM channels, E condition channels.
 """
@@ -18,7 +19,10 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"condition.connector.heads {heads} does not divide the MLLM's width {width}. Choose a divisor.")
+            raise ValueError(
+                f"condition.connector.heads {heads} does not divide the MLLM's width {width}. "
+                "Choose a divisor."
+            )
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS, dtype=dtype)
         self.qkv = nn.Linear(width, 3 * width, dtype=dtype)
@@ -28,16 +32,21 @@ class TransformerLayer(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width, dtype=dtype)
 
     def forward(self, h_BTD: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(self.attention_norm(h_BTD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.attention_norm(h_BTD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         h_BTD = h_BTD + self.attention_out(attended.transpose(1, 2).flatten(2))
         return h_BTD + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(h_BTD)), approximate="tanh"))
 
 
 class Connector(nn.Module):
-    """`linear`; `mlp` (linear, GELU, linear); or `transformer`: layers at the MLLM's width, a norm, then a linear."""
+    """`linear`; `mlp` (linear, GELU, linear); or `transformer`: layers at the MLLM's width, a norm, then a
+    linear."""
 
-    def __init__(self, config: ConnectorConfig, width: int, out_width: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ConnectorConfig, width: int, out_width: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         depth = config.layers if config.kind == "transformer" else 0
         self.layers = nn.ModuleList(TransformerLayer(width, config.heads, dtype) for _ in range(depth))

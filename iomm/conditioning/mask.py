@@ -7,7 +7,8 @@ from iomm.random import Stream, uniform
 
 
 def keep_tokens(seed: int, index_B: Tensor, tokens: int, mask_ratio: float) -> Tensor:
-    """keep_BN: True where the patch token is kept, with probability 1 - mask_ratio each; a function of (seed, sample index)."""
+    """keep_BN: True where the patch token is kept, with probability 1 - mask_ratio each; a function of (seed,
+    sample index)."""
     return uniform(seed, Stream.MASK, index_B, tokens) >= mask_ratio
 
 
@@ -19,8 +20,8 @@ def null_samples(seed: int, index_B: Tensor, probability: float) -> Tensor:
 def pack_attended(attend_BP: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Move each row's attended positions to the front, in order, and cut to the longest row.
 
-    This is mask mode `drop` without a varlen kernel: rows are padded to the longest one, so it saves what the longest row
-    allows, and it reads one number back from the device.
+    This is mask mode `drop` without a varlen kernel: rows are padded to the longest one, so it saves what the
+    longest row allows, and it reads one number back from the device.
 
     Args:
         attend_BP: True where a position counts.

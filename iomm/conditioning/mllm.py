@@ -1,8 +1,9 @@
-"""The frozen multimodal LLM, cut into a prefix without gradients and query rows with them (method.md section 2).
+"""The frozen multimodal LLM, cut into a prefix without gradients and query rows with them (method.md section
+2).
 
-The LM is causal and the queries stand last, so the prefix's states do not depend on any trained parameter. The prefix
-runs once under `no_grad` and leaves its keys and values; only the Q query rows run with gradients against them. Outputs and
-gradients equal the naive full pass (`full`), which is kept for the comparison.
+The LM is causal and the queries stand last, so the prefix's states do not depend on any trained parameter.
+The prefix runs once under `no_grad` and leaves its keys and values; only the Q query rows run with gradients
+against them. Outputs and gradients equal the naive full pass (`full`), which is kept for the comparison.
 
 B samples, N patch tokens of an image, P prefix positions, Q queries, D channels.
 """
@@ -21,7 +22,8 @@ from iomm.config import MllmConfig
 
 @dataclass(frozen=True)
 class Prefix:
-    """Input embeddings before the queries. Rows may have gaps: only positions with `attend_BP` are ever attended to."""
+    """Input embeddings before the queries. Rows may have gaps: only positions with `attend_BP` are ever
+    attended to."""
 
     c_BPD: Tensor
     attend_BP: Tensor  # bool, True where a position counts
@@ -34,7 +36,8 @@ class Prefix:
 
 @dataclass(frozen=True)
 class EncodedPrefix:
-    """What the query rows need of a prefix that has run: its keys and values, and its output states (no gradients)."""
+    """What the query rows need of a prefix that has run: its keys and values, and its output states (no
+    gradients)."""
 
     prefix: Prefix
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # a layer: (B, heads, P, K) each
@@ -42,7 +45,8 @@ class EncodedPrefix:
 
 
 class FrozenMllm:
-    """InternVL in the transformers layout (`InternVLForConditionalGeneration`). Never trained, never in a checkpoint of ours.
+    """InternVL in the transformers layout (`InternVLForConditionalGeneration`). Never trained, never in a
+    checkpoint of ours.
 
     Args:
         config: where it lies.
@@ -62,7 +66,8 @@ class FrozenMllm:
         kind = AutoConfig.from_pretrained(where, revision=config.revision).model_type
         if kind != "internvl":
             raise ValueError(
-                f"the MLLM at {where} is of type {kind!r}; this version takes 'internvl'. Set mllm.path to an InternVL folder."
+                f"the MLLM at {where} is of type {kind!r}; this version takes 'internvl'. Set "
+                "mllm.path to an InternVL folder."
             )
         model = InternVLForConditionalGeneration.from_pretrained(where, revision=config.revision, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
@@ -73,10 +78,13 @@ class FrozenMllm:
         self.width: int = self.lm.config.hidden_size
         vision = self.model.config.vision_config
         self.image_px: int = vision.image_size[0]
-        self.image_tokens = int((vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio) ** 2)
+        self.image_tokens = int(
+            (vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio) ** 2
+        )
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(where)
         self.mean, self.std = (
-            torch.tensor(preprocessing[k], dtype=dtype, device=device).view(3, 1, 1) for k in ("image_mean", "image_std")
+            torch.tensor(preprocessing[k], dtype=dtype, device=device).view(3, 1, 1)
+            for k in ("image_mean", "image_std")
         )
 
     def tokenize(self, text: str) -> list[int]:
@@ -105,7 +113,9 @@ class FrozenMllm:
         """Patch tokens (B, N, D) of uint8 RGB images of any size, resized to the MLLM's with antialiasing."""
         x = image_BCHW.to(self.device, self.dtype) / 255
         if x.shape[-2:] != (self.image_px, self.image_px):
-            x = functional.interpolate(x, (self.image_px, self.image_px), mode="bicubic", antialias=True).clamp(0, 1)
+            x = functional.interpolate(
+                x, (self.image_px, self.image_px), mode="bicubic", antialias=True
+            ).clamp(0, 1)
         return self.model.model.get_image_features(pixel_values=(x - self.mean) / self.std).pooler_output
 
     @torch.no_grad()
@@ -121,10 +131,13 @@ class FrozenMllm:
             past_key_values=cache,
             use_cache=True,
         )
-        return EncodedPrefix(prefix, tuple((layer.keys, layer.values) for layer in cache.layers), out.last_hidden_state)
+        return EncodedPrefix(
+            prefix, tuple((layer.keys, layer.values) for layer in cache.layers), out.last_hidden_state
+        )
 
     def run_queries(self, q_BQD: Tensor, encoded: EncodedPrefix) -> Tensor:
-        """Output states (B, Q, D) of the query rows against the prefix's keys and values, with gradients to `q_BQD`."""
+        """Output states (B, Q, D) of the query rows against the prefix's keys and values, with gradients to
+        `q_BQD`."""
         from transformers import DynamicCache
 
         prefix, queries = encoded.prefix, q_BQD.shape[1]
@@ -151,7 +164,9 @@ class FrozenMllm:
 
     def vision_identity(self) -> str:
         """Hash of everything `vision` depends on; keys the feature cache."""
-        digest = hashlib.sha256(f"{self.image_px} {self.mean.flatten()} {self.std.flatten()} {self.dtype}".encode())
+        digest = hashlib.sha256(
+            f"{self.image_px} {self.mean.flatten()} {self.std.flatten()} {self.dtype}".encode()
+        )
         for part in (self.model.model.vision_tower, self.model.model.multi_modal_projector):
             for name, tensor in part.state_dict().items():
                 digest.update(name.encode())
@@ -165,7 +180,8 @@ def _existing(config: MllmConfig) -> str:
     local = path.is_absolute() or config.path.startswith(".") or config.path.count("/") > 1
     if local and not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"no MLLM at {config.path}: {path / 'config.json'} is missing. Put a folder in the Hugging Face layout there, or set "
+            f"no MLLM at {config.path}: {path / 'config.json'} is missing. Put a folder in the "
+            "Hugging Face layout there, or set "
             "mllm.path to one (for instance a download of OpenGVLab/InternVL3-2B-hf)."
         )
     return config.path

@@ -1,10 +1,11 @@
-"""From samples to prefixes: the auxiliary prompt, captions, the null condition and the mask modes (method.md section 2).
+"""From samples to prefixes: the auxiliary prompt, captions, the null condition and the mask modes (method.md
+section 2).
 
     image sample   [ aux prompt | patch tokens, some masked ]      null: every patch token masked
     text sample    [ caption ]                                     null: [ null prompt ]
 
-Rows of a batch share one layout, [ text slots | patch slots ]; slots that a row does not use are simply not attended to.
-B samples, A text slots, N patch slots, P = A + N, D channels.
+Rows of a batch share one layout, [ text slots | patch slots ]; slots that a row does not use are simply not
+attended to. B samples, A text slots, N patch slots, P = A + N, D channels.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ class PrefixBuilder:
         image_B: Tensor | None,
         keep_BN: Tensor | None,
     ) -> Prefix:
-        """Rows [ text | patches ]; `image_B` says which rows have patches, `keep_BN` which of those are unmasked."""
+        """Rows [ text | patches ]; `image_B` says which rows have patches, `keep_BN` which of those are
+        unmasked."""
         device = self.mllm.device
         ids = [torch.tensor(self.mllm.tokenize(text)) for text in texts]
         count_B = torch.tensor([len(i) for i in ids], device=device)

@@ -13,9 +13,12 @@ MARGIN_PX = 6
 def image_grid(
     pictures_BCHW: Tensor, columns: int, captions: Sequence[str] | None = None, *, cell_px: int = 128
 ) -> Image.Image:
-    """A white sheet of uint8 RGB pictures, row by row, each scaled to `cell_px` with its caption in one or two lines."""
+    """A white sheet of uint8 RGB pictures, row by row, each scaled to `cell_px` with its caption in one or
+    two lines."""
     if captions is not None and len(captions) != len(pictures_BCHW):
-        raise ValueError(f"{len(pictures_BCHW)} pictures and {len(captions)} captions; give one caption a picture.")
+        raise ValueError(
+            f"{len(pictures_BCHW)} pictures and {len(captions)} captions; give one caption a picture."
+        )
     font = ImageFont.load_default(11)
     text_px = 30 if captions is not None else 0
     rows = -(-len(pictures_BCHW) // columns)

@@ -1,8 +1,8 @@
 """Watching a run without a judge: held-out velocity loss, and the copying alarm (method.md section 5).
 
-The loss is taken at 8 fixed timesteps with fixed noise (as MLPerf does), so that two evaluations differ by the weights only.
-Three conditions: the image's own masked tokens, the caption, and the null prompt. A generator that uses its condition has a
-lower loss with image and text than with null.
+The loss is taken at 8 fixed timesteps with fixed noise (as MLPerf does), so that two evaluations differ by
+the weights only. Three conditions: the image's own masked tokens, the caption, and the null prompt. A
+generator that uses its condition has a lower loss with image and text than with null.
 """
 
 from collections.abc import Iterator
@@ -38,8 +38,8 @@ class HeldoutLoss:
 
 @dataclass(frozen=True)
 class Copying:
-    """PSNR in dB of pictures generated from the null condition and from the masked condition, against their own image and
-    (mean) against the others."""
+    """PSNR in dB of pictures generated from the null condition and from the masked condition, against their
+    own image and (mean) against the others."""
 
     psnr_null_db: float
     psnr_null_other_db: float
@@ -49,14 +49,16 @@ class Copying:
     @property
     def reason(self) -> str | None:
         """Why the alarm rings; None if it does not."""
-        if self.psnr_null_db - self.psnr_null_other_db > LEAK_DB:
+        gap = self.psnr_null_db - self.psnr_null_other_db
+        if gap > LEAK_DB:
             return (
-                f"with every token masked the picture is {self.psnr_null_db - self.psnr_null_other_db:.1f} dB closer to its own "
-                "image than to another: the image leaks past the mask"
+                f"with every token masked the picture is {gap:.1f} dB closer to its own image than to "
+                "another: the image leaks past the mask"
             )
         if self.mask_ratio > 0 and self.psnr_image_db > COPY_DB:
             return (
-                f"from {1 - self.mask_ratio:.0%} of its tokens the image comes back at {self.psnr_image_db:.1f} dB: the generator "
+                f"from {1 - self.mask_ratio:.0%} of its tokens the image comes back at "
+                f"{self.psnr_image_db:.1f} dB: the generator "
                 "copies; raise condition.mask_ratio"
             )
         return None
@@ -71,7 +73,9 @@ def _prefixes(encoders: Encoders, item: Encoded) -> Iterator[tuple[str, Prefix]]
 
 
 @torch.no_grad()
-def heldout_loss(system: System, encoders: Encoders, items: list[Encoded], mesh: Mesh, samples: int) -> HeldoutLoss:
+def heldout_loss(
+    system: System, encoders: Encoders, items: list[Encoded], mesh: Mesh, samples: int
+) -> HeldoutLoss:
     """Held-out velocity loss.
 
     Args:
@@ -85,7 +89,9 @@ def heldout_loss(system: System, encoders: Encoders, items: list[Encoded], mesh:
         for row, (_, prefix) in enumerate(_prefixes(encoders, item)):
             for column, t in enumerate(timesteps.tolist()):
                 t_B = torch.full((len(noise),), t, device=noise.device)
-                total[row, column] += system(encoders.mllm, prefix, item.latent_BLC, noise, t_B).double().sum().cpu()
+                total[row, column] += (
+                    system(encoders.mllm, prefix, item.latent_BLC, noise, t_B).double().sum().cpu()
+                )
     mean = mesh.mean_over_dp(total.to(mesh.device)).cpu() * mesh.dp_size / samples
     return HeldoutLoss(timesteps.tolist(), {name: mean[row].tolist() for row, name in enumerate(CONDITIONS)})
 
@@ -99,7 +105,8 @@ def psnr_db(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 def copying(
     system: System, encoders: Encoders, image_BCHW: Tensor, index_B: Tensor, steps: int
 ) -> tuple[Copying, Tensor, Tensor]:
-    """The copying check, with the pictures it made: (check, from the masked condition, from the null condition).
+    """The copying check, with the pictures it made: (check, from the masked condition, from the null
+    condition).
 
     Args:
         image_BCHW: at least two uint8 images.

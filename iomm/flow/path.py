@@ -29,11 +29,13 @@ def velocity_target(x_BLC: Tensor, z_BLC: Tensor) -> Tensor:
     return z_BLC - x_BLC
 
 
-def to_velocity(output_BLC: Tensor, x_t_BLC: Tensor, t_B: Tensor, predict: Prediction, min_timestep: float) -> Tensor:
+def to_velocity(
+    output_BLC: Tensor, x_t_BLC: Tensor, t_B: Tensor, predict: Prediction, min_timestep: float
+) -> Tensor:
     """The velocity that a network output stands for.
 
-    `predict = "clean"`: the output is an estimate of x and v = (x_t - x) / max(t, min_timestep). The clamp bounds the weight
-    that the velocity loss gives to samples near the data, 1 / min_timestep^2.
+    `predict = "clean"`: the output is an estimate of x and v = (x_t - x) / max(t, min_timestep). The clamp
+    bounds the weight that the velocity loss gives to samples near the data, 1 / min_timestep^2.
     """
     if predict == "velocity":
         return output_BLC
@@ -46,14 +48,17 @@ def to_clean(velocity_BLC: Tensor, x_t_BLC: Tensor, t_B: Tensor) -> Tensor:
 
 
 def patchify(latent_BCHW: Tensor, patch: int) -> Tensor:
-    """Latent (B, C, H, W) -> tokens (B, H/p * W/p, C * p * p), row by row, channels first inside a token: FLUX's packing.
+    """Latent (B, C, H, W) -> tokens (B, H/p * W/p, C * p * p), row by row, channels first inside a token:
+    FLUX's packing.
 
     Raises:
         ValueError: a side is not a multiple of `patch`.
     """
     b, c, h, w = latent_BCHW.shape
     if h % patch or w % patch:
-        raise ValueError(f"latent {h} x {w} is not a multiple of the patch {patch}. Choose an image side that is.")
+        raise ValueError(
+            f"latent {h} x {w} is not a multiple of the patch {patch}. Choose an image side that is."
+        )
     x = latent_BCHW.view(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
@@ -69,5 +74,7 @@ def unpatchify(x_BLC: Tensor, patch: int, rows: int, columns: int) -> Tensor:
 
 def grid_positions(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Position ids (L, 3) = (frame 0, row, column) of a token grid, as FLUX numbers them."""
-    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
     return torch.stack((torch.zeros_like(row), row, column), dim=-1).view(-1, 3)

@@ -1,7 +1,8 @@
 """Samplers: integrate dx/dt = v(x, t) from noise (t = 1) to data (t = 0).
 
-Euler takes one velocity a step, Heun two (its last step, which would ask for t = 0, is Euler's). Classifier-free guidance
-asks for the conditional and the null velocity, so it doubles the count. NFE = network evaluations for one image.
+Euler takes one velocity a step, Heun two (its last step, which would ask for t = 0, is Euler's).
+Classifier-free guidance asks for the conditional and the null velocity, so it doubles the count. NFE =
+network evaluations for one image.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ Method = Literal["euler", "heun"]
 
 @dataclass(frozen=True)
 class Guided:
-    """v = v_null + g (v_cond - v_null). g = 1 is the conditional velocity alone, g = 0 the null one; each then costs one NFE."""
+    """v = v_null + g (v_cond - v_null). g = 1 is the conditional velocity alone, g = 0 the null one; each
+    then costs one NFE."""
 
     conditional: Velocity
     null: Velocity

@@ -8,16 +8,20 @@ from iomm.random import Stream, normal, uniform
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Resolution shift t' = s t / (1 + (s - 1) t): s > 1 moves mass towards noise. Maps [0, 1] onto itself."""
+    """Resolution shift t' = s t / (1 + (s - 1) t): s > 1 moves mass towards noise. Maps [0, 1] onto
+    itself."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def training_timesteps(flow: FlowConfig, seed: int, index_B: Tensor) -> Tensor:
-    """t of each sample, fp32 (B,), a function of (seed, global sample index); the shift is applied once, here."""
+    """t of each sample, fp32 (B,), a function of (seed, global sample index); the shift is applied once,
+    here."""
     if flow.timestep == "uniform":
         t_B = uniform(seed, Stream.TIMESTEP, index_B, 1)[:, 0]
     else:
-        t_B = torch.sigmoid(flow.logit_mean + flow.logit_std * normal(seed, Stream.TIMESTEP, index_B, 1)[:, 0])
+        t_B = torch.sigmoid(
+            flow.logit_mean + flow.logit_std * normal(seed, Stream.TIMESTEP, index_B, 1)[:, 0]
+        )
     return shift_timesteps(t_B, flow.shift)
 
 

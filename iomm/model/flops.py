@@ -1,6 +1,7 @@
 """FLOPs by formula: what a step costs, so that throughput can be reported as TFLOP/s.
 
-A multiply-add counts two. Matrix products and attention are counted, element-wise work is not (it is bound by bytes).
+A multiply-add counts two. Matrix products and attention are counted, element-wise work is not (it is bound by
+bytes).
 """
 
 from iomm.config import GeneratorConfig
@@ -10,7 +11,8 @@ def generator_forward_flops(config: GeneratorConfig, image_tokens: int, conditio
     """One forward pass for one sample. Backward costs twice as much again.
 
     double block, a token: qkv 3 d^2, out d^2, mlp 2 r d^2; single block the same; attention 2 S^2 d a block;
-    modulation once a sample. Where double blocks stand last, the last one leaves out the condition stream's update.
+    modulation once a sample. Where double blocks stand last, the last one leaves out the condition stream's
+    update.
     """
     d, r, s = config.hidden_size, config.mlp_ratio, image_tokens + condition_tokens
     per_token = 2 * (4 + 2 * r) * d * d
@@ -19,5 +21,5 @@ def generator_forward_flops(config: GeneratorConfig, image_tokens: int, conditio
     single = s * per_token + attention + 2 * 3 * d * d
     ends = 2 * d * (2 * image_tokens * config.token_channels + condition_tokens * config.condition_width)
     time = 2 * d * (256 + d) + 2 * 2 * d * d
-    unread = 0 if config.single_blocks else condition_tokens * 2 * (1 + 2 * r) * d * d
+    unread = 0 if config.single_blocks else condition_tokens * (2 * (1 + 2 * r) * d * d + 4 * s * d)
     return int(config.double_blocks * double - unread + config.single_blocks * single + ends + time)

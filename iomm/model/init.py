@@ -1,4 +1,5 @@
-"""Weights as a function of (seed, parameter name), so that every parallel layout starts from the same numbers."""
+"""Weights as a function of (seed, parameter name), so that every parallel layout starts from the same
+numbers."""
 
 import hashlib
 
@@ -10,8 +11,9 @@ from torch import nn
 def initialize(module: nn.Module, seed: int, tp_rank: int = 0, tp_size: int = 1) -> None:
     """Set every parameter in place.
 
-    Matrices: N(0, 1 / fan_in), unless the parameter carries `init_std`. Vectors named `bias`: zero. Other vectors (norms): one.
-    A tensor-parallel slice is cut from the full matrix, which is drawn in fp32 on the CPU from a generator seeded by name.
+    Matrices: N(0, 1 / fan_in), unless the parameter carries `init_std`. Vectors named `bias`: zero. Other
+    vectors (norms): one. A tensor-parallel slice is cut from the full matrix, which is drawn in fp32 on the
+    CPU from a generator seeded by name.
     """
     for name, parameter in module.named_parameters():
         std = getattr(parameter, "init_std", None)

@@ -1,4 +1,5 @@
-"""Pieces both block kinds use. Sequences come first inside the generator (L, B, D), as sequence parallelism wants them.
+"""Pieces both block kinds use. Sequences come first inside the generator (L, B, D), as sequence parallelism
+wants them.
 
 B samples, L tokens, D channels, H heads on this rank, K channels of a head.
 """
@@ -14,11 +15,16 @@ from iomm.parallel.backend import Layers
 NORM_EPS = 1e-6
 
 
-def timestep_embedding(t_B: Tensor, channels: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of `scale * t`, cosines first (FLUX; DDPM eq. of Vaswani et al.). (B, channels), fp32 or better."""
+def timestep_embedding(
+    t_B: Tensor, channels: int, scale: float = 1000.0, max_period: float = 10_000.0
+) -> Tensor:
+    """Sinusoids of `scale * t`, cosines first (FLUX; DDPM eq. of Vaswani et al.). (B, channels), fp32 or
+    better."""
     half = channels // 2
     dtype = torch.promote_types(t_B.dtype, torch.float32)
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half)
+    frequency = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=t_B.device, dtype=torch.float32) / half
+    )
     angle = t_B.to(dtype)[:, None] * scale * frequency.to(dtype)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
@@ -31,7 +37,8 @@ def zero_init(linear: nn.Module) -> nn.Module:
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, D): sinusoids, two linears, SiLU between and after (every user applies it first)."""
+    """t (B,) in [0, 1] -> (B, D): sinusoids, two linears, SiLU between and after (every user applies it
+    first)."""
 
     CHANNELS = 256
 
@@ -75,8 +82,8 @@ class QueryKeyNorm(nn.Module):
 
 
 def split_heads(qkv_LBE: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused projection -> q, k, v (L, B, H, K). Output features run (head, q|k|v, channel), so that a tensor-parallel rank's
-    contiguous slice holds whole heads."""
+    """Fused projection -> q, k, v (L, B, H, K). Output features run (head, q|k|v, channel), so that a
+    tensor-parallel rank's contiguous slice holds whole heads."""
     q, k, v = qkv_LBE.unflatten(-1, (-1, 3, head_size)).unbind(-2)
     return q, k, v
 

@@ -1,13 +1,16 @@
-"""The generator: a multimodal diffusion transformer of the FLUX family (MM-DiT, arXiv 2403.03206; method.md section 3).
+"""The generator: a multimodal diffusion transformer of the FLUX family (MM-DiT, arXiv 2403.03206; method.md
+section 3).
 
-    image tokens ----> x_in ---+                                     +--> norm, modulate, out --> velocity | clean latent
+    image tokens ----> x_in ---+                                     +--> norm, modulate, out --> velocity |
+    clean latent
                                +--> double blocks --> single blocks -+
     condition tokens -> c_in --+        (joint attention over [condition | image])
 
-Double blocks keep separate weights for the two streams, single blocks share them. Every block is steered by the time
-embedding (adaLN). Positions: condition tokens sit at (0, 0, 0), image tokens at (0, row, column).
+Double blocks keep separate weights for the two streams, single blocks share them. Every block is steered by
+the time embedding (adaLN). Positions: condition tokens sit at (0, 0, 0), image tokens at (0, row, column).
 
-B samples, L image tokens, T condition tokens, S = T + L, D hidden channels, E condition channels, C numbers in a token.
+B samples, L image tokens, T condition tokens, S = T + L, D hidden channels, E condition channels, C numbers
+in a token.
 """
 
 import torch
@@ -15,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iomm.config import GeneratorConfig
-from iomm.model.layers import Modulation, QueryKeyNorm, TimeEmbedding, attention, modulate, split_heads, zero_init
+from iomm.model.layers import (
+    Modulation,
+    QueryKeyNorm,
+    TimeEmbedding,
+    attention,
+    modulate,
+    split_heads,
+    zero_init,
+)
 from iomm.model.rope import Rope, rope, rotate
 from iomm.parallel.backend import Layers
 
@@ -66,8 +77,9 @@ class StreamWeights(nn.Module):
 class DoubleBlock(nn.Module):
     """Joint attention of two streams with separate weights.
 
-    `last`: nothing reads the condition stream after this block, so its update is left out. The weights of that update are
-    kept, frozen, because FLUX's layout has them; trained, they would wait for a gradient that never comes.
+    `last`: nothing reads the condition stream after this block, so its update is left out. The weights of
+    that update are kept, frozen, because FLUX's layout has them; trained, they would wait for a gradient that
+    never comes.
     """
 
     def __init__(self, layers: Layers, config: GeneratorConfig, *, last: bool) -> None:
@@ -78,17 +90,24 @@ class DoubleBlock(nn.Module):
         if last:
             self.condition.attention_out.requires_grad_(False)
             self.condition.mlp.requires_grad_(False)
+            self.condition.norm.query.requires_grad_(False)
 
     def forward(
         self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
         x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
-        c_qkv, x_qkv = self.condition.project(c_TBD, c_shift, c_scale), self.image.project(x_LBD, x_shift, x_scale)
+        c_qkv, x_qkv = (
+            self.condition.project(c_TBD, c_shift, c_scale),
+            self.image.project(x_LBD, x_shift, x_scale),
+        )
         q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
-        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
-        c_attended, x_attended = attended.split((c_TBD.shape[0], x_LBD.shape[0]))
-        if not self.last:
+        q, k = rotate(q, rope_), rotate(k, rope_)
+        t = c_TBD.shape[0]
+        if self.last:
+            x_attended = attention(q[t:], k, v, attend_BS)
+        else:
+            c_attended, x_attended = attention(q, k, v, attend_BS).split((t, x_LBD.shape[0]))
             c_TBD = self.condition.update(c_TBD, c_attended, *c_gates)
         return c_TBD, self.image.update(x_LBD, x_attended, *x_gates)
 
@@ -104,7 +123,8 @@ class SingleBlock(nn.Module):
         self.qkv = layers.column(d, 3 * d)
         self.norm = QueryKeyNorm(layers, self.head_size)
         self.mlp_in = layers.column(d, inner)
-        # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole columns.
+        # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole
+        # columns.
         self.attention_out = layers.row(d, d, bias=False)
         self.mlp_out = layers.row(inner, d)
 

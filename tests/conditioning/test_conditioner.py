@@ -22,9 +22,15 @@ def folder(tmp_path_factory):
 def setup(folder, dtype=torch.float64, **settings):
     mllm = FrozenMllm(MllmConfig(path=str(folder), max_caption_tokens=64), dtype, torch.device("cpu"))
     config = ConditionConfig(
-        queries=6, adapter_heads=4, mask_ratio=0.5, aux_prompt=AUX, null_prompt=NULL, null_probability=0.2,
-        connector=ConnectorConfig(kind="transformer", layers=1, heads=4), **settings,
-    )  # fmt: skip
+        queries=6,
+        adapter_heads=4,
+        mask_ratio=0.5,
+        aux_prompt=AUX,
+        null_prompt=NULL,
+        null_probability=0.2,
+        connector=ConnectorConfig(kind="transformer", layers=1, heads=4),
+        **settings,
+    )
     torch.manual_seed(1)
     conditioner = Conditioner(config, mllm.width, 24, dtype)
     torch.nn.init.normal_(conditioner.adapter.queries)
@@ -45,7 +51,9 @@ def outputs_and_gradients(mllm, conditioner, prefix_):
         out = out[attend]  # padding positions have no meaning
     torch.manual_seed(4)
     (out * torch.randn_like(out)).sum().backward()
-    return out.detach(), {name: p.grad.clone() for name, p in conditioner.named_parameters() if p.grad is not None}
+    return out.detach(), {
+        name: p.grad.clone() for name, p in conditioner.named_parameters() if p.grad is not None
+    }
 
 
 BATCHES = {
@@ -59,7 +67,9 @@ BATCHES = {
 @pytest.mark.parametrize("mode", ["zero", "hide", "drop"])
 @pytest.mark.parametrize("tokens", ["queries", "all"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_prefix_split_equals_the_naive_full_pass_in_outputs_and_gradients(folder, captions, mode, tokens, dtype, tolerance):
+def test_prefix_split_equals_the_naive_full_pass_in_outputs_and_gradients(
+    folder, captions, mode, tokens, dtype, tolerance
+):
     mllm, conditioner = setup(folder, dtype, mask_mode=mode, condition_tokens=tokens)
     p = prefix(mllm, conditioner, captions)
     split_out, split_grads = outputs_and_gradients(mllm, conditioner, p)
@@ -127,7 +137,11 @@ def test_split_sends_no_gradient_to_the_frozen_model(folder):
 def test_raw_condition_without_adapter_uses_the_mllm_states(folder):
     mllm, _ = setup(folder)
     config = ConditionConfig(
-        queries=0, condition_tokens="all", aux_prompt=AUX, null_prompt=NULL, connector=ConnectorConfig(kind="linear")
+        queries=0,
+        condition_tokens="all",
+        aux_prompt=AUX,
+        null_prompt=NULL,
+        connector=ConnectorConfig(kind="linear"),
     )
     conditioner = Conditioner(config, mllm.width, 24, torch.float64)
     p = PrefixBuilder(mllm, config).for_text(["two dogs", "a"])

@@ -16,7 +16,9 @@ def exact_field(mean):
 def test_euler_follows_straight_lines_exactly_whatever_the_steps():
     mean, noise = torch.full((1, 2, 3), 2.0, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
     for steps in (1, 2, 7):
-        torch.testing.assert_close(sample(exact_field(mean), noise, steps=steps).x_BLC, mean.expand(4, -1, -1))
+        torch.testing.assert_close(
+            sample(exact_field(mean), noise, steps=steps).x_BLC, mean.expand(4, -1, -1)
+        )
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
@@ -43,7 +45,12 @@ def test_nfe_counts_network_evaluations():
         return x
 
     noise = torch.zeros(1, 1, 1)
-    for method, guided, expected in [("euler", False, 5), ("heun", False, 9), ("euler", True, 10), ("heun", True, 18)]:
+    for method, guided, expected in [
+        ("euler", False, 5),
+        ("heun", False, 9),
+        ("euler", True, 10),
+        ("heun", True, 18),
+    ]:
         calls = 0
         field = Guided(velocity, velocity, 3.0) if guided else velocity
         assert sample(field, noise, steps=5, method=method).nfe == expected == calls

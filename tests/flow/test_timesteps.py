@@ -29,7 +29,9 @@ def test_shift_moves_mass_towards_noise_and_keeps_the_ends():
     assert (shifted[1:-1] > t[1:-1]).all() and (shifted.diff() > 0).all()
     assert shift_timesteps(torch.tensor(0.5), 3.0) == 0.75
     plain = training_timesteps(FlowConfig(), 0, INDEX[:100])
-    torch.testing.assert_close(training_timesteps(FlowConfig(shift=3.0), 0, INDEX[:100]), shift_timesteps(plain, 3.0))
+    torch.testing.assert_close(
+        training_timesteps(FlowConfig(shift=3.0), 0, INDEX[:100]), shift_timesteps(plain, 3.0)
+    )
 
 
 def test_the_sampler_starts_at_exactly_one_and_ends_at_exactly_zero():

@@ -13,7 +13,12 @@ from tests.model.test_mmdit import make
 @pytest.mark.parametrize(("double", "single"), [(2, 0), (1, 3)])
 def test_formula_equals_the_counted_operators(double, single):
     config = GeneratorConfig(
-        hidden_size=64, heads=2, double_blocks=double, single_blocks=single, rope_axes=(8, 12, 12), condition_width=48
+        hidden_size=64,
+        heads=2,
+        double_blocks=double,
+        single_blocks=single,
+        rope_axes=(8, 12, 12),
+        condition_width=48,
     )
     with torch.device("meta"):
         model = make(config, torch.float32)

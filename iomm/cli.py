@@ -1,0 +1,236 @@
+"""The `iomm` command. Heavy imports wait until a command needs them: `iomm --help` answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iomm.config import Config
+
+
+class UsageError(ValueError):
+    """A command line that cannot be carried out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0 done, 1 failed, 2 bad command line, 128 + n stopped by signal n."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    if arguments.traceback:
+        return command(arguments)
+    try:
+        return command(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        if not _expected(error):
+            raise
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        sys.stderr.write(f"iomm: error{rank}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("iomm: interrupted\n")
+        return 130
+
+
+def _expected(error: Exception) -> bool:
+    """Whether an error is a message to the user (one line) rather than a fault of ours (a traceback)."""
+    return isinstance(error, ValueError | OSError) or getattr(error, "for_user", False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="iomm", description="Image-only pre-training of image generators.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    train = add("train", _train, "train a run; goes on from its own latest checkpoint if there is one")
+    train.add_argument("config", type=Path, help="a Python file with a function config() -> Config")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting; may be repeated"
+    )
+
+    sample = add("sample", _sample, "paint pictures from prompts")
+    _checkpoint_arguments(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="may be repeated; one picture each")
+    sample.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none (default 3)")
+    sample.add_argument("-o", "--output", type=Path, default=Path("grid.png"))
+
+    rebuild = add("reconstruct", _reconstruct, "image -> masked condition -> generated image")
+    _checkpoint_arguments(rebuild)
+    rebuild.add_argument("image", type=Path)
+    rebuild.add_argument(
+        "--mask-ratio",
+        type=float,
+        action="append",
+        help="share of patch tokens masked; may be repeated (default 0, 0.5, 0.85, 1)",
+    )
+    rebuild.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1: none (default)")
+    rebuild.add_argument("-o", "--output", type=Path, default=Path("reconstruction.png"))
+
+    report = add("report", _report, "write a run's report: one self-contained HTML file")
+    report.add_argument("run", type=Path)
+
+    demo = add("demo", _demo, "both stages on the shipped images, samples, report; no GPU needed")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the demo's runs (default runs/demo)"
+    )
+    demo.add_argument(
+        "--fraction",
+        type=float,
+        default=1.0,
+        help="share of the steps to train; below 1 only tries the machinery",
+    )
+
+    bench = add("bench", _bench, "benchmarks: prefix = frozen-prefix split against the naive full pass")
+    bench.add_argument("what", choices=["prefix"])
+    bench.add_argument("--width", type=int, default=512, help="channels of the random MLLM (default 512)")
+    bench.add_argument("--layers", type=int, default=8)
+    bench.add_argument("--batch", type=int, default=4)
+    bench.add_argument("--repeats", type=int, default=5)
+
+    add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
+    return parser
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, not their EMA")
+    parser.add_argument("--steps", type=int, default=25, help="sampler steps (default 25)")
+    parser.add_argument("--method", choices=["euler", "heun"], default="euler")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def load_config(path: Path) -> "Config":
+    """The `Config` that a configuration file's `config()` returns.
+
+    Raises:
+        UsageError: no such file, or no such function in it.
+    """
+    import runpy
+
+    from iomm.config import Config
+
+    if not path.is_file():
+        raise UsageError(
+            f"no configuration at {path}. Give a Python file with a function config(), such as "
+            "examples/configs/tiny_stage1.py."
+        )
+    function = runpy.run_path(str(path)).get("config")
+    made = function() if callable(function) else None
+    if not isinstance(made, Config):
+        raise UsageError(f"{path} has no function config() that returns an iomm.config.Config.")
+    return made
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config).override(arguments.set)
+    from iomm.training.train import train
+
+    outcome = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        if outcome.stopped_by is not None:
+            again = " ".join(["iomm train", str(arguments.config), *(f"--set {s}" for s in arguments.set)])
+            sys.stderr.write(
+                f"stopped by {outcome.stopped_by} after step {outcome.step}, saved. Go on with: {again}\n"
+            )
+        else:
+            sys.stderr.write(
+                f"done: {outcome.run_dir}, step {outcome.step}. Look at it with: iomm report "
+                f"{outcome.run_dir}\n"
+            )
+    if outcome.stopped_by is None:
+        return 0
+    return 143 if outcome.stopped_by == "SIGTERM" else 130
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.generator import open_generator
+    from iomm.evaluation.grid import image_grid, save_png
+    from iomm.system import paint
+
+    _, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
+    pictures = paint(
+        system,
+        encoders,
+        arguments.prompt,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        method=arguments.method,
+    )
+    columns = min(len(pictures), 6)
+    sys.stdout.write(f"{save_png(image_grid(pictures, columns, arguments.prompt), arguments.output)}\n")
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from iomm.checkpoint.generator import open_generator
+    from iomm.conditioning.mask import keep_tokens
+    from iomm.data.decode import decode_image
+    from iomm.evaluation.grid import image_grid, save_png
+    from iomm.system import reconstruct
+
+    ratios: list[float] = arguments.mask_ratio or [0.0, 0.5, 0.85, 1.0]
+    for ratio in ratios:
+        if not 0 <= ratio <= 1:
+            raise UsageError(f"--mask-ratio {ratio} must lie in [0, 1].")
+    config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
+    image_1CHW = decode_image(arguments.image.read_bytes(), config.data.image_px)[None]
+    keep = torch.cat(
+        [keep_tokens(arguments.seed, torch.tensor([0]), encoders.mllm.image_tokens, r) for r in ratios]
+    )
+    pictures = reconstruct(
+        system,
+        encoders,
+        image_1CHW.expand(len(ratios), -1, -1, -1),
+        keep,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        method=arguments.method,
+    )
+    captions = ["the image", *(f"mask ratio {ratio:g}" for ratio in ratios)]
+    sheet = image_grid(torch.cat((image_1CHW, pictures.cpu())), len(captions), captions)
+    sys.stdout.write(f"{save_png(sheet, arguments.output)}\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from iomm.evaluation.report import build_report
+
+    sys.stdout.write(f"{build_report(arguments.run)}\n")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from iomm.demo import run_demo
+
+    return run_demo(arguments.out, arguments.fraction)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from iomm.bench import bench_prefix
+
+    sys.stdout.write(bench_prefix(arguments.width, arguments.layers, arguments.batch, arguments.repeats))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from iomm.doctor import collect, render
+
+    sys.stdout.write(render(collect()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""A run's folder: what it is, what it did, and what it could not read.
+
+    run.json            name, config, code revision, versions, device
+    metrics.jsonl       one JSON object a line (iomm.evaluation.runlog says which)
+    quarantine.jsonl    samples that could not be used
+    samples/            grids of generated pictures
+    checkpoints/        iomm.checkpoint.sharded
+    wandb/              offline by default
+
+Only rank 0 writes; the other ranks hold an object that does nothing.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from iomm.config import Config
+from iomm.data.errors import BadSampleReport
+from iomm.parallel.mesh import Mesh
+
+_VERSIONED = ("torch", "megatron-core", "transformers", "diffusers")
+
+
+class Run:
+    """Writes one run's folder. A context manager: closes files and wandb, whatever ends the run."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.dir = config.run_dir
+        self.writes = mesh.rank == 0
+        self._metrics: TextIO | None = None
+        self._wandb: Any = None
+        if not self.writes:
+            return
+        (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+        _write_json(self.dir / "run.json", describe(config, mesh))
+        self._metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        _end_torn_line(self.dir / "metrics.jsonl", self._metrics)
+        if config.train.wandb != "disabled":
+            import wandb
+
+            # The id is the folder's, so that a resumed run goes on in the same wandb run.
+            self._wandb = wandb.init(
+                project="iomm",
+                name=config.name,
+                dir=str(self.dir),
+                mode=config.train.wandb,
+                config=config.to_dict(),
+                id=config.name,
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl; numbers go to wandb as well."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._wandb is not None and kind != "event":
+            self._wandb.log({f"{kind}/{key}": value for key, value in _numbers(values)}, step=step)
+
+    def event(self, step: int, event: str, detail: Any = None) -> None:
+        """Something that happened: resume, save, nan_skip, bad_sample, stop."""
+        self.log("event", step, event=event, detail=detail)
+
+    def bad_sample(self, report: BadSampleReport) -> None:
+        """Put a sample on the quarantine list."""
+        if self.writes:
+            with (self.dir / "quarantine.jsonl").open("a", encoding="utf-8") as file:
+                entry = {"shard": str(report.shard), "key": report.key, "reason": report.reason}
+                file.write(json.dumps(entry) + "\n")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error[0] is None else 1, quiet=True)
+
+
+def describe(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What run.json holds."""
+    on_gpu = mesh.device.type == "cuda"
+    return {
+        "name": config.name,
+        "config": config.to_dict(),
+        "git": _revision(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "iomm": importlib.metadata.version("iomm"),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _VERSIONED},
+        },
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} threads a rank",
+        "world_size": mesh.world_size,
+    }
+
+
+def _revision() -> str | None:
+    """The commit this code is at, with "+" if the work tree differs; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def _end_torn_line(path: Path, file: TextIO) -> None:
+    """A killed run may have left half a line: end it, so that the next line stands alone."""
+    with path.open("rb") as existing:
+        if existing.seek(0, os.SEEK_END):
+            existing.seek(-1, os.SEEK_END)
+            if existing.read() != b"\n":
+                file.write("\n")
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out += _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            out.append((prefix + key, value))
+    return out

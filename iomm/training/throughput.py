@@ -1,0 +1,100 @@
+"""Throughput of the whole system: images/s, and TFLOP/s of generator, MLLM, ViT and autoencoder apart.
+
+The generator is counted by formula; the others by counting the operators of one forward pass. Backward costs
+twice the forward where weights are trained, once where only the input's gradient passes through (the MLLM's
+query rows).
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from iomm.config import Config
+from iomm.model.flops import generator_forward_flops
+from iomm.system import Encoders, System
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one training step for one image, forward and backward."""
+
+    generator: int
+    mllm: int  # adapter, prefix, query rows and connector
+    vit: int
+    vae: int
+
+
+@torch.no_grad()
+def count_step_flops(config: Config, system: System, encoders: Encoders) -> StepFlops:
+    """Counts on one blank image sample. Encoders whose outputs are cached count nothing."""
+    device, px, cached = encoders.codec.device, config.data.image_px, encoders.cache is not None
+    image = torch.zeros(1, 3, px, px, dtype=torch.uint8, device=device)
+    counted: dict[str, int] = {}
+
+    def count(name: str, call):  # noqa: ANN001, ANN202
+        with FlopCounterMode(display=False) as counter:
+            out = call()
+        counted[name] = counter.get_total_flops()
+        return out
+
+    count("vae", lambda: encoders.codec.encode(image))
+    patches = count("vit", lambda: encoders.mllm.vision(image))
+    keep = torch.ones(patches.shape[:2], dtype=torch.bool)
+    prefix = encoders.prefixes.for_images(patches, keep)
+    conditioner, mllm = system.conditioner, encoders.mllm
+    total = 0
+    encoded = count("prefix", lambda: mllm.encode_prefix(prefix))
+    total += counted["prefix"]
+    if conditioner.adapter is not None:
+        adapter = conditioner.adapter
+        queries = count("adapter", lambda: adapter(prefix.c_BPD, prefix.attend_BP))
+        count("queries", lambda: mllm.run_queries(queries, encoded))
+        total += 3 * counted["adapter"] + 2 * counted["queries"]
+    states, attend = conditioner.states(mllm, prefix)
+    count("connector", lambda: conditioner.connector(states, attend))
+    return StepFlops(
+        generator=3 * generator_forward_flops(config.generator, encoders.latent_shape[0], states.shape[1]),
+        mllm=total + 3 * counted["connector"],
+        vit=0 if cached else counted["vit"],
+        vae=0 if cached else counted["vae"],
+    )
+
+
+class Stopwatch:
+    """Steps and seconds since the last reading, evaluation and saving left out by `pause`."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def pause(self) -> "_Pause":
+        return _Pause(self)
+
+    def read(self, images_per_step: int, flops: StepFlops) -> dict[str, object]:
+        """images/s, ms a step, and TFLOP/s by part; then restarts."""
+        seconds, steps = time.perf_counter() - self._start, max(1, self._steps)
+        rate = images_per_step * steps / seconds
+        self.restart()
+        return {
+            "images_per_s": round(rate, 2),
+            "step_ms": round(1000 * seconds / steps, 2),
+            "tflops": {name: rate * per_image / 1e12 for name, per_image in vars(flops).items()},
+        }
+
+
+class _Pause:
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.watch._start += time.perf_counter() - self.began

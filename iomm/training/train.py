@@ -1,0 +1,221 @@
+"""The training loop, the same for both stages, one laptop core and many nodes.
+
+Stage 1 has `data.mix_ratio = 1` (images only); stage 2 mixes in pairs and names stage 1 in `train.init_from`.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from iomm.checkpoint import sharded
+from iomm.config import Config
+from iomm.data.errors import BadSampleReport
+from iomm.data.loader import Batch, Loader, global_batch_indices
+from iomm.parallel.engine import Engine, StepResult
+from iomm.parallel.mesh import Mesh, start
+from iomm.system import Encoded, Encoders, System, build, training_loss
+from iomm.training.progress import TrainingProgress
+from iomm.training.run import Run
+from iomm.training.stop import StopSignal
+from iomm.training.throughput import Stopwatch, count_step_flops
+from iomm.training.watch import Watch
+
+
+class TrainingAborted(RuntimeError):
+    """The run cannot go on; its last checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after how many steps, and by which signal if it was stopped."""
+
+    run_dir: Path
+    step: int
+    stopped_by: str | None = None
+
+
+@dataclass
+class Trainer:
+    """What the loop works with."""
+
+    config: Config
+    mesh: Mesh
+    run: Run
+    encoders: Encoders
+    system: System
+    engine: Engine
+    loader: Loader
+    watch: Watch | None
+    first_step: int
+    bad_samples: deque[BadSampleReport]  # filled by the loader's threads
+    bad_in_a_row: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.dir / "checkpoints"
+
+
+def train(config: Config) -> Outcome:
+    """Train `config` to its last step, from its own latest checkpoint if there is one.
+
+    Returns:
+        the outcome; a run that was asked to stop has saved.
+    Raises:
+        ValueError, FileNotFoundError: settings, shards or weights that do not fit, before anything is written
+            over.
+        CheckpointError: the last checkpoint could not be written.
+        TrainingAborted: too many NaN steps in a row.
+    """
+    mesh = start(config.parallel)
+    # Everything that can be wrong with the settings shows here, before the run's folder is touched.
+    global_batch_indices(
+        0, config.train.global_batch_images, config.train.micro_batch_images, mesh.dp_rank, mesh.dp_size
+    )
+    encoders = Encoders(config, mesh.device)
+    system = build(config, encoders, mesh)
+    resume_from = sharded.latest(config.run_dir / "checkpoints")
+    if resume_from is None and config.train.init_from is not None:
+        _init_weights(config, system, mesh)
+    engine = Engine(system, system.backend_config, config.optimizer, config.train, config.parallel, mesh)
+    first_step = sharded.load(resume_from, engine, config, mesh).step if resume_from is not None else 0
+    with contextlib.ExitStack() as stack:
+        bad_samples: deque[BadSampleReport] = deque()
+        loader = Loader(config.data, config.train.seed, on_bad=bad_samples.append)
+        run = stack.enter_context(Run(config, mesh))
+        watch = Watch.prepare(config, encoders, loader, mesh)
+        trainer = Trainer(config, mesh, run, encoders, system, engine, loader, watch, first_step, bad_samples)
+        if resume_from is not None:
+            run.event(first_step, "resume", str(resume_from))
+        stop = stack.enter_context(StopSignal())
+        screen = stack.enter_context(
+            TrainingProgress(config.name, first_step, config.train.steps, shown=mesh.rank == 0)
+        )
+        return _loop(trainer, stop, screen)
+
+
+def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
+    config, settings = t.config, t.config.train
+    flops, watch, batches = count_step_flops(config, t.system, t.encoders), Stopwatch(), _batches(t)
+    micro_batches = settings.global_batch_images // (settings.micro_batch_images * t.mesh.dp_size)
+
+    def forward(module: nn.Module, item: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        return training_loss(module, t.encoders, item, config.flow, settings.seed).mean(), {}
+
+    for step in range(t.first_step + 1, settings.steps + 1):
+        batch = list(islice(batches, micro_batches))
+        encoded = [t.encoders.encode(b) for b in batch]
+        result = t.engine.step(
+            forward, encoded, micro_batches
+        )  # forward, backward, clip, optimizer step, EMA
+        watch.step()
+        _quarantine(t, step)
+        _check_finite(t, step, result, batch)
+        throughput = (
+            watch.read(settings.global_batch_images, flops) if step % settings.log_every_steps == 0 else None
+        )
+        if throughput is not None:
+            _log(t, step, result, throughput)
+        screen.update(step, result.loss, throughput)
+        stopped = t.mesh.any_rank(stop.name is not None)
+        last = stopped or step == settings.steps
+        with watch.pause():
+            _evaluate(t, step, screen, last=step == settings.steps)
+            if last or step % settings.save_every_steps == 0:
+                _save(t, step, screen, last=last)
+        if stopped:
+            t.run.event(step, "stop", stop.name)
+            return Outcome(t.run.dir, step, stop.name or "another rank's signal")
+    return Outcome(t.run.dir, settings.steps)
+
+
+def _batches(t: Trainer) -> Iterator[Batch]:
+    """This rank's micro-batches from the first step to the last, decoded ahead."""
+    train, mesh = t.config.train, t.mesh
+    sizes = (train.global_batch_images, train.micro_batch_images, mesh.dp_rank, mesh.dp_size)
+    indices = (i for step in range(t.first_step, train.steps) for i in global_batch_indices(step, *sizes))
+    return t.loader.stream(indices)
+
+
+def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
+    """Start from another run's weights: its EMA if it kept one."""
+    assert config.train.init_from is not None
+    source = sharded.resolve(Path(config.train.init_from))
+    has_ema = sharded.read_info(source).config.optimizer.ema_decay is not None
+    sharded.load_weights(source, system, config=config, ema=has_ema, mesh=mesh)
+
+
+def _quarantine(t: Trainer, step: int) -> None:
+    while t.bad_samples:
+        report = t.bad_samples.popleft()
+        t.run.bad_sample(report)
+        t.run.event(step, "bad_sample", str(report))
+
+
+def _check_finite(t: Trainer, step: int, result: StepResult, batch: list[Batch]) -> None:
+    """Count skipped steps; too many in a row end the run, with the samples that led there."""
+    if not result.skipped:
+        t.bad_in_a_row = 0
+        return
+    t.bad_in_a_row += 1
+    keys = [key for micro_batch in batch for key in micro_batch.keys]
+    detail = {
+        "loss": repr(result.loss),
+        "grad_norm": repr(result.grad_norm),
+        "in_a_row": t.bad_in_a_row,
+        "keys": keys,
+    }
+    t.run.event(step, "nan_skip", detail)
+    limit = t.config.train.abort_after_bad_steps
+    if t.bad_in_a_row >= limit:
+        raise TrainingAborted(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite for "
+            f"{limit} steps in a row "
+            f"(train.abort_after_bad_steps). Last batch on rank {t.mesh.rank}: {', '.join(keys)}. "
+            f"Lower optimizer.lr, or look at these samples; the last good checkpoint is in {t.checkpoints}."
+        )
+
+
+def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object]) -> None:
+    finite = not result.skipped
+    t.run.log(
+        "train",
+        step,
+        loss=result.loss if finite else None,
+        grad_norm=result.grad_norm if finite else None,
+        lr=result.lr,
+        skipped=t.bad_in_a_row,
+        **throughput,
+    )
+
+
+def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
+    """Held-out losses and grids, with the EMA weights if there are any."""
+    if t.watch is None:
+        return
+    with t.engine.ema.swapped_in() if t.engine.ema is not None else contextlib.nullcontext():
+        if last or step % t.config.train.eval_every_steps == 0:
+            screen.say(f"step {step}  " + t.watch.evaluate(t.system, t.run, step))
+        if last or step % t.config.train.sample_every_steps == 0:
+            t.watch.paint(t.system, t.run, step)
+
+
+def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
+    """Write a checkpoint. A failure (full disk) ends the run only if it was to be the last one."""
+    if t.encoders.cache is not None:
+        t.encoders.cache.flush()
+    try:
+        path = sharded.save(
+            t.checkpoints, step, t.engine, t.config, extra={}, keep_last=t.config.train.keep_last, mesh=t.mesh
+        )
+    except sharded.CheckpointError as error:
+        t.run.event(step, "save_failed", str(error))
+        if last:
+            raise
+        screen.say(f"step {step}  checkpoint not written, training goes on: {error}")
+    else:
+        t.run.event(step, "save", str(path))

@@ -287,9 +287,9 @@ def _optimizer(
         built: Any = megatron_optimizer.get_megatron_optimizer(
             config, [ddp], pg_collection=mesh.groups, use_gloo_process_groups=False
         )
-    if mesh.world_size == 1:
-        for part in built.chained_optimizers:
-            part._defer_param_sync = True  # nor are there weights to gather from other ranks
+    for part in built.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)  # so that a checkpoint may precede the first step
+        part._defer_param_sync = mesh.world_size == 1  # a single rank has no weights to gather either
     return built
 
 

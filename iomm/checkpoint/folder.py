@@ -1,0 +1,222 @@
+"""What a run's folder of checkpoints looks like, and which of them may be trusted. Imports no torch.
+
+RUN/checkpoints/step_00001000/      a complete checkpoint: the rename to this name was the last step of
+saving it
+    checkpoint.json                 step, configuration, versions, and the size of every other file
+    *.distcp, .metadata, metadata.json    Megatron's sharded format (torch_dist)
+RUN/checkpoints/.tmp_*              being written, or left by a run that died; never read, removed by the
+next save
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iomm.config import Config
+
+FORMAT_VERSION = 1
+INFO_FILE = "checkpoint.json"
+TEMPORARY = ".tmp_"
+_NAME = re.compile(r"step_(\d{8,})")
+
+# Settings that decide the shapes of the weights or what the network's output means. A run with others may
+# read the weights of a checkpoint into the wrong model, so it is refused. The rest (mask ratio, prompts,
+# data, ...) may change.
+_ARCHITECTURE = (
+    "generator",
+    "condition.queries",
+    "condition.adapter_heads",
+    "condition.condition_tokens",
+    "condition.connector",
+    "mllm.path",
+    "mllm.revision",
+    "codec.path",
+    "codec.revision",
+    "codec.patch",
+)
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be saved or used; the message says which, why, and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """The part of a checkpoint that is plain data."""
+
+    path: Path
+    step: int  # optimizer steps done
+    config: dict[str, Any]  # the run's, as of `Config.to_dict`
+    extra: dict[str, Any]  # what the loop stored: data position, wandb id, ...
+    has_ema: bool
+    files: dict[str, int]  # name -> bytes
+    iomm_version: str
+
+
+def name_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder of checkpoints, oldest first; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found) if (path / INFO_FILE).is_file()]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder of checkpoints, or None. A torn write is never one."""
+    paths = complete(folder)
+    return paths[-1] if paths else None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint a user means: a checkpoint's folder, or a run or its `checkpoints` (then the newest).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / INFO_FILE).is_file():
+        return path
+    newest = latest(path / "checkpoints") or latest(path)
+    if newest is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint and holds none. Name a step_... folder, or a run that has saved one "
+            "(a folder without checkpoint.json is not complete)."
+        )
+    return newest
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """The plain data of one checkpoint; its shard files are not opened.
+
+    Raises:
+        CheckpointError: no checkpoint, unreadable, or of another format version.
+    """
+    try:
+        data = json.loads((path / INFO_FILE).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {INFO_FILE}, so it is not a complete checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / INFO_FILE} cannot be read: {error}. Use an older checkpoint."
+        ) from error
+    if data.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {data.get('format')}, this iomm reads {FORMAT_VERSION}. "
+            f"It was saved by iomm {data.get('iomm_version')}; use that version."
+        )
+    return CheckpointInfo(
+        path=path,
+        step=data["step"],
+        config=data["config"],
+        extra=data["extra"],
+        has_ema=data["has_ema"],
+        files=data["files"],
+        iomm_version=data["iomm_version"],
+    )
+
+
+def write_info(path: Path, info: Mapping[str, Any]) -> None:
+    """Write `checkpoint.json` for the files now in `path`, and make all names and bytes durable."""
+    files = {p.name: p.stat().st_size for p in path.iterdir() if p.name != INFO_FILE}
+    with open(path / INFO_FILE, "w") as file:
+        json.dump({"format": FORMAT_VERSION, **info, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name, atomically; one that has the name already is replaced."""
+    if final.exists():
+        old = final.with_name(f"{TEMPORARY}replaced_{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what runs that died while saving left behind."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; each loses its name first, so none is ever half
+    there."""
+    for path in complete(folder)[:-keep_last]:
+        doomed = path.with_name(f"{TEMPORARY}pruned_{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def check_files(info: CheckpointInfo) -> None:
+    """Refuse a checkpoint with missing, short or long files.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    for name, size in info.files.items():
+        file = info.path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            problem = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
+            raise CheckpointError(
+                f"checkpoint {info.path} is damaged: {name} {problem}. Restore the file or use an "
+                "older checkpoint."
+            )
+
+
+def check_architecture(info: CheckpointInfo, config: Config) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        CheckpointError: names the first setting that differs, with both values.
+    """
+    ours = config.to_dict()
+    for section in _ARCHITECTURE:
+        theirs_value, our_value = _lookup(info.config, section), _lookup(ours, section)
+        for key in theirs_value.keys() | our_value.keys():
+            theirs, own = theirs_value.get(key), our_value.get(key)
+            if _comparable(key, theirs) != _comparable(key, own):
+                raise CheckpointError(
+                    f"checkpoint {info.path} has {key} = {theirs}, this run {own}. "
+                    f"Set {key} to {theirs}, or start from another checkpoint."
+                )
+
+
+def _lookup(config: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """All settings under a dotted name, by full name, in plain JSON types."""
+    node: Any = config
+    for part in section.split("."):
+        node = node.get(part, {}) if isinstance(node, Mapping) else {}
+    if not isinstance(node, Mapping):
+        return {section: node}
+    return {key: value for name in node for key, value in _lookup(config, f"{section}.{name}").items()}
+
+
+def _comparable(key: str, value: Any) -> Any:
+    if key.endswith(".path") and isinstance(value, str):
+        return Path(value).name  # the same model may lie elsewhere on another machine
+    return list(value) if isinstance(value, tuple) else value  # JSON knows lists only

@@ -33,7 +33,8 @@ class LatentCodec:
                 "diffusers folder there, or set codec.path "
                 "to one (for instance the vae/ folder of a FLUX.1 download)."
             )
-        declared = AutoencoderKL.load_config(config.path, revision=config.revision)["_class_name"]
+        settings: Any = AutoencoderKL.load_config(config.path, revision=config.revision)
+        declared = settings["_class_name"]
         if declared != "AutoencoderKL":
             raise ValueError(
                 f"the autoencoder at {config.path} is a {declared}; this version takes AutoencoderKL."

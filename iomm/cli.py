@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments)
     try:
         return command(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if not _expected(error):
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """Whether an error is a message to the user (one line) rather than a fault of ours (a traceback)."""
-    return isinstance(error, ValueError | OSError) or getattr(error, "for_user", False)
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("iomm.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -262,7 +262,7 @@ class Config:
             key, sep, raw = setting.partition("=")
             _require(bool(sep), f"--set {setting!r} has no '='. Write it as --set optimizer.lr=2e-4.")
             *sections, name = key.strip().split(".")
-            node = data
+            parent = node = data
             for depth, section in enumerate((*sections, name)):
                 if not isinstance(node, dict) or section not in node:
                     known = list(node) if isinstance(node, dict) else []

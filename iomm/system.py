@@ -23,7 +23,7 @@ from iomm.config import Config, FlowConfig
 from iomm.data.cache import FeatureCache
 from iomm.data.loader import Batch
 from iomm.flow.loss import velocity_loss
-from iomm.flow.path import grid_positions, interpolate, to_velocity, velocity_target
+from iomm.flow.path import Prediction, grid_positions, interpolate, to_velocity, velocity_target
 from iomm.flow.sampler import Guided, Method, Sampled, sample
 from iomm.flow.timesteps import training_timesteps
 from iomm.model.init import initialize
@@ -98,7 +98,8 @@ class System(nn.Module):
     def __init__(self, config: Config, mllm_width: int, mesh: Mesh) -> None:
         super().__init__()
         generator, dtype = config.generator, DTYPES[config.train.precision]
-        self.flow, self.predict = config.flow, generator.predict
+        self.flow = config.flow
+        self.predict: Prediction = generator.predict
         self.backend_config = transformer_config(
             generator.hidden_size, generator.heads, dtype, mesh, config.parallel
         )

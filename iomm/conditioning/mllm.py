@@ -69,8 +69,9 @@ class FrozenMllm:
                 f"the MLLM at {where} is of type {kind!r}; this version takes 'internvl'. Set "
                 "mllm.path to an InternVL folder."
             )
-        model = InternVLForConditionalGeneration.from_pretrained(where, revision=config.revision, dtype=dtype)
-        self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        loader: Any = InternVLForConditionalGeneration
+        model = loader.from_pretrained(where, revision=config.revision, dtype=dtype)
+        self.model: Any = model.to(device).eval().requires_grad_(False)
         self.lm: Any = self.model.model.language_model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(where, revision=config.revision)
         self.max_caption_tokens = config.max_caption_tokens
@@ -123,7 +124,7 @@ class FrozenMllm:
         """Run the prefix alone."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.lm.config)
+        cache: Any = DynamicCache(config=self.lm.config)
         out = self.lm(
             inputs_embeds=prefix.c_BPD,
             attention_mask=prefix.attend_BP.long(),

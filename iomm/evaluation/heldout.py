@@ -13,6 +13,8 @@ from torch import Tensor
 
 from iomm.conditioning.mask import keep_tokens
 from iomm.conditioning.mllm import Prefix
+from iomm.flow.loss import velocity_loss
+from iomm.flow.path import interpolate, velocity_target
 from iomm.flow.timesteps import evaluation_timesteps
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream
@@ -85,13 +87,14 @@ def heldout_loss(
     timesteps = evaluation_timesteps()
     total = torch.zeros(len(CONDITIONS), len(timesteps), dtype=torch.float64)
     for item in items:
-        noise = encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
+        x_BLC, noise = item.latent_BLC, encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
         for row, (_, prefix) in enumerate(_prefixes(encoders, item)):
+            condition = system.conditioner(encoders.mllm, prefix)
             for column, t in enumerate(timesteps.tolist()):
                 t_B = torch.full((len(noise),), t, device=noise.device)
-                total[row, column] += (
-                    system(encoders.mllm, prefix, item.latent_BLC, noise, t_B).double().sum().cpu()
-                )
+                velocity = system.velocity(interpolate(x_BLC, noise, t_B), t_B, condition)
+                loss_B = velocity_loss(velocity, velocity_target(x_BLC, noise))
+                total[row, column] += loss_B.double().sum().cpu()
     mean = mesh.mean_over_dp(total.to(mesh.device)).cpu() * mesh.dp_size / samples
     return HeldoutLoss(timesteps.tolist(), {name: mean[row].tolist() for row, name in enumerate(CONDITIONS)})
 

@@ -85,7 +85,7 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error[0] is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if error[0] is None else 1)
 
 
 def describe(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -144,9 +144,8 @@ def _batches(t: Trainer) -> Iterator[Batch]:
 def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
     """Start from another run's weights: its EMA if it kept one."""
     assert config.train.init_from is not None
-    source = sharded.resolve(Path(config.train.init_from))
-    has_ema = sharded.read_info(source).config.optimizer.ema_decay is not None
-    sharded.load_weights(source, system, config=config, ema=has_ema, mesh=mesh)
+    source = sharded.find(Path(config.train.init_from))
+    sharded.load_weights(source, system, config=config, ema=sharded.read_info(source).has_ema, mesh=mesh)
 
 
 def _quarantine(t: Trainer, step: int) -> None:

@@ -1,0 +1,27 @@
+"""Open a checkpoint to generate from: its own configuration, encoders and weights, no optimizer."""
+
+from pathlib import Path
+
+from iomm.checkpoint.sharded import find, load_weights, read_info
+from iomm.config import Config
+from iomm.parallel.mesh import start
+from iomm.system import Encoders, System, build
+
+
+def open_generator(path: Path, *, ema: bool) -> tuple[Config, Encoders, System]:
+    """The generator of a run's newest checkpoint, or of one checkpoint, in evaluation mode.
+
+    Args:
+        path: a run's folder or a checkpoint's.
+        ema: the averaged weights instead of the last ones; a run that kept no average has only the last ones.
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or no EMA in it.
+        FileNotFoundError: the MLLM or autoencoder that it was trained with is no longer where it was.
+    """
+    checkpoint = find(path)
+    config = Config.from_dict(read_info(checkpoint).config)
+    mesh = start(config.parallel)
+    encoders = Encoders(config, mesh.device)
+    system = build(config, encoders, mesh).eval().requires_grad_(False)
+    load_weights(checkpoint, system, ema=ema, mesh=mesh)
+    return config, encoders, system

@@ -7,26 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from examples.tiny.train_vae import (
-    HERE,
-    SHARDS,
-    VaeRecipe,
-    augment,
-    encode,
-    finish,
-    learning_rate_at,
-    load_images,
-    main,
-    psnr,
-    save,
-    step_generator,
-    train,
-)
+from examples.tiny.train_vae import HERE, SHARDS, VaeRecipe, augment, build_vae, learning_rate_at, main, train
+from examples.tiny.vae_figures import encode, finish, load_images, psnr, save, step_generator, to_signed
+from examples.tiny.vae_start import start_from_patches
 
-TINY = VaeRecipe(steps=12, batch_images=2, channels=(8, 8, 8, 8), groups=4, latent_channels=4, warmup_steps=2)
+TINY = VaeRecipe(
+    steps=12, batch_images=2, channels=(12, 16, 24, 32), whole_steps=2, latent_channels=4, warmup_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +72,26 @@ def test_another_seed_gives_other_losses(heldout_NCHW: torch.Tensor) -> None:
     assert train(heldout_NCHW, recipe)[1] != train(heldout_NCHW, other)[1]
 
 
+def test_the_start_computes_latents_that_a_linear_decoder_turns_into_images_of_26_db(
+    heldout_NCHW: torch.Tensor,
+) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(VaeRecipe())
+    start_from_patches(vae, to_signed(load_images(sorted(SHARDS.glob("train-*.tar")))[1][::6]))
+    latent_MK = encode(vae, heldout_NCHW).movedim(1, -1).flatten(0, 2)
+    features_ML = torch.cat([latent_MK, torch.ones(len(latent_MK), 1)], dim=1)
+    patches_MP = F.pixel_unshuffle(to_signed(heldout_NCHW), 8).movedim(1, -1).flatten(0, 2)
+    decoded_MP = (features_ML @ torch.linalg.lstsq(features_ML, patches_MP).solution).clamp(-1, 1)
+    mse_N = ((decoded_MP - patches_MP) / 2).square().view(len(heldout_NCHW), -1).mean(1)
+    assert (-10 * mse_N.log10()).mean() > 25.5
+
+
+def test_channels_that_do_not_fit_the_start_are_refused(heldout_NCHW: torch.Tensor) -> None:
+    vae = build_vae(replace(TINY, channels=(8, 8, 8, 8)))
+    with pytest.raises(ValueError, match="do not fit 4 latent channels"):
+        start_from_patches(vae, to_signed(heldout_NCHW))
+
+
 def test_augmentation_keeps_shape_and_range_and_is_a_function_of_the_stream(
     heldout_NCHW: torch.Tensor,
 ) -> None:
@@ -96,7 +107,7 @@ def test_a_saved_vae_loads_with_the_figures_it_was_measured_with(
     tmp_path: Path, heldout_NCHW: torch.Tensor
 ) -> None:
     vae = finish(train(heldout_NCHW, TINY)[0], heldout_NCHW)
-    line = save(vae, heldout_NCHW, TINY, 12, tmp_path / "vae")
+    line = save(vae, heldout_NCHW, tmp_path / "vae", command="do it", training="12 steps")
     loaded = AutoencoderKL.from_pretrained(
         tmp_path / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
@@ -104,7 +115,7 @@ def test_a_saved_vae_loads_with_the_figures_it_was_measured_with(
     unit_NKhw = encode(loaded, heldout_NCHW) - loaded.config["shift_factor"]
     assert (unit_NKhw * loaded.config["scaling_factor"]).std().item() == pytest.approx(1, abs=1e-3)
     assert f"PSNR {psnr(loaded, heldout_NCHW).mean():.2f} dB at noise 0.0" in line
-    assert "12 of 12 steps" in " ".join((tmp_path / "vae" / "README.md").read_text().split())
+    assert "12 steps" in " ".join((tmp_path / "vae" / "README.md").read_text().split())
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:

@@ -39,7 +39,9 @@ class LatentCodec:
             raise ValueError(
                 f"the autoencoder at {config.path} is a {declared}; this version takes AutoencoderKL."
             )
-        vae: Any = AutoencoderKL.from_pretrained(config.path, revision=config.revision, torch_dtype=dtype)
+        vae: Any = AutoencoderKL.from_pretrained(
+            config.path, revision=config.revision, torch_dtype=dtype, low_cpu_mem_usage=False
+        )
         self.vae: Any = vae.to(device).eval().requires_grad_(False)
         self.dtype, self.device, self.patch = dtype, device, config.patch
         self.scale: float = self.vae.config.scaling_factor

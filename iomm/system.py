@@ -73,7 +73,16 @@ class Encoders:
         return self.grid**2, self.codec.token_channels
 
     def encode(self, batch: Batch) -> Encoded:
-        """Latents and patch tokens of a batch."""
+        """Latents and patch tokens of a batch.
+
+        Raises:
+            ValueError: a caption that is too long or empty; the message names the sample.
+        """
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            try:
+                _ = caption is None or self.mllm.tokenize(caption)
+            except ValueError as error:
+                raise ValueError(f"sample {key}: {error}") from error
         if self.cache is None:
             return Encoded(batch, self.codec.encode(batch.image_BCHW), self.mllm.vision(batch.image_BCHW))
         for content_hash in self.cache.missing(batch.hashes):

@@ -57,3 +57,11 @@ def torchrun(tmp_path: Path) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """Frozen models and shards of `tests.small_run`, shared by all tests; nobody writes into it."""
+    from tests.small_run import build_world
+
+    return build_world(tmp_path_factory.mktemp("world"))

@@ -8,6 +8,7 @@ against them. Outputs and gradients equal the naive full pass (`full`), which is
 B samples, N patch tokens of an image, P prefix positions, Q queries, D channels.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,11 @@ class FrozenMllm:
         )
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(where)
         self.mean, self.std = (
-            torch.tensor(preprocessing[k], dtype=dtype, device=device).view(3, 1, 1)
+            torch.tensor(preprocessing[k], device=device).view(3, 1, 1)
             for k in ("image_mean", "image_std")
         )
 
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - one model lives as long as its run
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a prompt or caption, without special tokens.
 
@@ -112,12 +114,14 @@ class FrozenMllm:
     @torch.no_grad()
     def vision(self, image_BCHW: Tensor) -> Tensor:
         """Patch tokens (B, N, D) of uint8 RGB images of any size, resized to the MLLM's with antialiasing."""
-        x = image_BCHW.to(self.device, self.dtype) / 255
+        x = image_BCHW.to(self.device, torch.promote_types(self.dtype, torch.float32)) / 255
         if x.shape[-2:] != (self.image_px, self.image_px):
             x = functional.interpolate(
                 x, (self.image_px, self.image_px), mode="bicubic", antialias=True
             ).clamp(0, 1)
-        return self.model.model.get_image_features(pixel_values=(x - self.mean) / self.std).pooler_output
+        return self.model.model.get_image_features(
+            pixel_values=((x - self.mean) / self.std).to(self.dtype)
+        ).pooler_output
 
     @torch.no_grad()
     def encode_prefix(self, prefix: Prefix) -> EncodedPrefix:

@@ -1,0 +1,217 @@
+"""The training loop as its users see it: curves, folders, resumes, faults."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from iomm.checkpoint import sharded
+from iomm.checkpoint.generator import open_generator
+from iomm.training import train as loop
+from iomm.training.train import TrainingAborted, train
+from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
+
+
+def weights(run_dir: Path, *, ema: bool = True) -> dict[str, torch.Tensor]:
+    return open_generator(run_dir, ema=ema)[2].state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """One uninterrupted run of the small configuration, images and pairs mixed."""
+    config = small_config(world, tmp_path_factory.mktemp("runs"), data__mix_ratio=0.5)
+    train(config)
+    return config
+
+
+def test_a_run_leaves_curves_grids_checkpoints_and_its_description(finished):
+    run = finished.run_dir
+    assert sorted(losses(run)) == list(range(1, 13))
+    assert {p.name for p in (run / "samples").iterdir()} == {
+        "step_000006_reconstruction.png",
+        "step_000012_reconstruction.png",
+        "step_000012_text.png",
+    }
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step_{n:08d}" for n in (4, 8, 12)]
+    described = json.loads((run / "run.json").read_text())
+    assert described["config"] == json.loads(json.dumps(finished.to_dict()))
+    evals = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line
+    ]
+    assert [e["step"] for e in evals] == [6, 12]
+    assert evals[0]["velocity_loss"].keys() == {"image", "text", "null"}
+    assert len(evals[0]["by_timestep"]["text"]) == 8
+
+
+def test_training_lowers_the_loss(world, tmp_path):
+    config = small_config(world, tmp_path, train__steps=60, train__save_every_steps=60)
+    train(config)
+    curve = list(losses(config.run_dir).values())
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+
+
+def test_a_run_can_be_stopped_and_resumed_without_a_trace(finished, world, tmp_path):
+    settings = {"data__mix_ratio": 0.5, "optimizer__schedule": "constant"}
+    config = small_config(world, tmp_path, **settings)
+    for step in (8, 12):
+        # As after a kill at step 11: the checkpoint of step 8 is the newest.
+        shutil.copytree(finished.run_dir, config.run_dir, dirs_exist_ok=True) if step == 8 else None
+        shutil.rmtree(config.run_dir / "checkpoints" / "step_00000012", ignore_errors=True)
+    train(config)
+    assert losses(config.run_dir) == losses(finished.run_dir)
+    for ema in (True, False):
+        again, straight = weights(config.run_dir, ema=ema), weights(finished.run_dir, ema=ema)
+        assert all(torch.equal(again[name], straight[name]) for name in straight)
+    assert [e["step"] for e in events(config.run_dir, "resume")] == [8]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    before = losses(finished.run_dir)
+    assert train(finished).step == 12
+    assert losses(finished.run_dir) == before
+
+
+def test_gradient_accumulation_gives_the_same_curve(finished, world, tmp_path):
+    config = small_config(world, tmp_path, data__mix_ratio=0.5, train__micro_batch_images=2)
+    train(config)
+    assert losses(config.run_dir) == pytest.approx(losses(finished.run_dir), rel=1e-4)
+
+
+def test_the_naive_pass_gives_the_same_curve_as_the_prefix_split(finished, world, tmp_path):
+    config = small_config(world, tmp_path, data__mix_ratio=0.5, condition__prefix_split=False)
+    train(config)
+    assert losses(config.run_dir) == pytest.approx(losses(finished.run_dir), rel=1e-4)
+
+
+def test_cached_features_give_the_same_curve_and_are_found_again(finished, world, tmp_path):
+    settings = {"data__mix_ratio": 0.5, "data__cache_dir": str(tmp_path / "cache")}
+    first = small_config(world, tmp_path, "first", **settings)
+    train(first)
+    assert losses(first.run_dir) == pytest.approx(losses(finished.run_dir), rel=1e-4)
+    parts = sorted((tmp_path / "cache").rglob("part-*"))
+    assert parts
+    second = small_config(world, tmp_path, "second", **settings)
+    train(second)
+    assert losses(second.run_dir) == losses(first.run_dir)
+    assert sorted((tmp_path / "cache").rglob("part-*")) == parts
+
+
+def test_bf16_trains_with_fp32_masters(world, tmp_path):
+    config = small_config(
+        world,
+        tmp_path,
+        train__precision="bf16",
+        parallel__distributed_optimizer=False,
+        train__steps=4,
+        train__eval_every_steps=100,
+    )
+    train(config)
+    assert all(math.isfinite(loss) for loss in losses(config.run_dir).values())
+
+
+def test_stage_two_starts_from_the_averaged_weights_of_stage_one(finished, world, tmp_path):
+    config = small_config(
+        world, tmp_path, train__init_from=str(finished.run_dir), train__steps=1, optimizer__lr=0.0
+    )
+    train(config)
+    started, averaged = weights(config.run_dir, ema=False), weights(finished.run_dir, ema=True)
+    assert all(torch.equal(started[name], averaged[name]) for name in averaged)
+
+
+def test_another_architecture_is_refused_by_its_first_differing_setting(finished, world):
+    config = small_config(world, finished.run_dir.parent, data__mix_ratio=0.5, generator__double_blocks=1)
+    with pytest.raises(sharded.CheckpointError, match=r"generator\.double_blocks = 2, this run .*1"):
+        train(config)
+
+
+def poisoned(monkeypatch, bad_steps, batch=8):
+    """Make the loss of the given steps NaN."""
+    real = loop.training_loss
+
+    def training_loss(system, encoders, item, flow, seed):
+        loss = real(system, encoders, item, flow, seed)
+        step = int(item.batch.index_B[0]) // batch + 1
+        return loss * float("nan") if step in bad_steps else loss
+
+    monkeypatch.setattr(loop, "training_loss", training_loss)
+
+
+def test_a_nan_step_is_skipped_and_counted_and_the_run_goes_on(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {5})
+    config = small_config(world, tmp_path)
+    train(config)
+    curve = losses(config.run_dir)
+    assert curve[5] is None
+    assert all(math.isfinite(curve[step]) for step in curve if step != 5)
+    (skip,) = events(config.run_dir, "nan_skip")
+    assert skip["step"] == 5 and len(skip["detail"]["keys"]) == 8
+    assert all(torch.isfinite(w).all() for w in weights(config.run_dir).values())
+
+
+def test_too_many_nan_steps_end_the_run_with_the_sample_keys(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {6, 7, 8})
+    config = small_config(world, tmp_path, train__abort_after_bad_steps=3)
+    with pytest.raises(TrainingAborted, match=r"step 8: loss nan.*3 steps in a row.*i00\d\d, i00\d\d"):
+        train(config)
+    assert sharded.find(config.run_dir).name == "step_00000004"
+
+
+def test_an_unreadable_image_is_replaced_counted_and_named(world, tmp_path):
+    members = [(f"i{i}.png", draw_png(i)) for i in range(10)]
+    members[3] = ("i3.png", draw_png(3)[:60])
+    shard = write_shard(tmp_path / "damaged.tar", members)
+    config = small_config(world, tmp_path, data__images=[str(shard)], train__eval_every_steps=100)
+    train(config)
+    (entry,) = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert entry["key"] == "i3" and entry["reason"]
+    (event,) = events(config.run_dir, "bad_sample")
+    assert "i3" in event["detail"]
+    assert sorted(losses(config.run_dir)) == list(range(1, 13))
+
+
+def test_a_full_disk_while_saving_lets_the_run_go_on_and_keeps_the_last_good_checkpoint(
+    world, tmp_path, monkeypatch
+):
+    config = small_config(world, tmp_path)
+    real, full = sharded.shutil.disk_usage, False
+
+    def disk_usage(path):
+        return real(path)._replace(free=1000) if full else real(path)
+
+    def fill_disk_at_step_5(*arguments):
+        nonlocal full
+        full = full or arguments[1] >= 5
+
+    monkeypatch.setattr(sharded.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(loop, "_quarantine", fill_disk_at_step_5)
+    with pytest.raises(sharded.CheckpointError, match=r"disk of .* is full: a checkpoint needs [\d,]+ bytes"):
+        train(config)  # step 8's save fails and the run goes on; the last one, at step 12, must not be lost
+    assert [e["step"] for e in events(config.run_dir, "save_failed")] == [8, 12]
+    assert sorted(losses(config.run_dir)) == list(range(1, 13))
+    assert sharded.find(config.run_dir).name == "step_00000004"
+    assert weights(config.run_dir)
+
+
+def test_missing_shards_are_said_before_the_run_folder_is_made(world, tmp_path):
+    config = small_config(world, tmp_path, data__images=[str(tmp_path / "none-*.tar")])
+    with pytest.raises(FileNotFoundError, match=r"none-\*\.tar"):
+        train(config)
+    assert not config.run_dir.exists()
+
+
+def test_an_image_side_that_does_not_fit_the_tokens_is_said_before_anything_starts(world, tmp_path):
+    with pytest.raises(ValueError, match="data.image_px 40 is not a multiple of the 16 pixels of one token"):
+        train(small_config(world, tmp_path, data__image_px=40))
+
+
+def test_a_caption_over_the_limit_names_the_limit_and_the_sample(world, tmp_path):
+    shard = write_images(tmp_path / "a.tar", 0, 8)
+    long = write_shard(tmp_path / "b.tar", [("long.png", draw_png(1)), ("long.txt", b"x" * 81)])
+    config = small_config(world, tmp_path, data__pairs=[str(shard), str(long)], data__mix_ratio=0.0)
+    with pytest.raises(
+        ValueError, match=r"sample long: .*81 tokens; the limit is mllm\.max_caption_tokens = 80"
+    ):
+        train(config)

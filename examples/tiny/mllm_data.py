@@ -157,13 +157,19 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 7]).permutation(count)
 
 
-def training_sample(emoji: Sequence[Emoji], seed: int, index: int) -> CaptionedImage:
-    """Sample `index` of the training stream: even ones are emoji, reshuffled each epoch, odd ones scenes."""
+def training_sample(emoji: Sequence[Emoji], seed: int, index: int, emoji_of_4: int = 2) -> CaptionedImage:
+    """Sample `index` of the training stream: emoji, reshuffled each epoch, and scenes between them.
+
+    Of every four samples `emoji_of_4` are emoji; with 2, the even ones. Raises ValueError outside 1 to 4.
+    """
+    if not 1 <= emoji_of_4 <= 4:
+        raise ValueError(f"emoji_of_4 is {emoji_of_4}; of four samples 1 to 4 can be emoji.")
     rng = np.random.default_rng([seed, index])
-    if index % 2:
+    ordinal = -(-index * emoji_of_4 // 4)  # emoji before this sample, rounded up
+    if ordinal == -(-(index + 1) * emoji_of_4 // 4):
         scene = sample_scene(rng)
         return CaptionedImage(image=draw_scene(scene, SIDE_PX), caption=scene.caption)
-    epoch, place = divmod(index // 2, len(emoji))
+    epoch, place = divmod(ordinal, len(emoji))
     first = emoji[int(_epoch_order(len(emoji), seed, epoch)[place])]
     if rng.uniform() < 0.85:
         return single_emoji(first, rng)

@@ -30,6 +30,8 @@ class MllmTraining:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     seed: int = 0
+    first_sample: int = 0  # where in the sample stream the run begins
+    emoji_of_4: int = 2  # of four samples, this many are emoji, the rest shape scenes
     vocabulary: int = 1200
     vision_width: int = 144
     vision_layers: int = 6

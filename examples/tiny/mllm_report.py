@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -141,12 +142,15 @@ def retrieval(mllm: TinyMllm, samples: Sequence[CaptionedImage]) -> dict[str, fl
 def describe(mllm: TinyMllm, images: Sequence[Image.Image], longest: int = 32) -> list[str]:
     """Greedy captions of images of `SIDE_PX` pixels a side, at most `longest` tokens each."""
     embeds_BLD = image_prefix(mllm.model, pixels(images), mllm.prompt_ids)
-    tokens: list[torch.Tensor] = []
-    for _ in range(longest):
-        states_BLD, _ = run_language_model(mllm.model, embeds_BLD, mllm.align_layer)
-        token_B1 = mllm.model.lm_head(states_BLD[:, -1:]).argmax(dim=-1)
+    past, tokens = None, []
+    ended_B = torch.zeros(len(images), dtype=torch.bool)
+    while len(tokens) < longest and not bool(ended_B.all()):
+        out = mllm.model.model.language_model(inputs_embeds=embeds_BLD, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        token_B1 = mllm.model.lm_head(out.last_hidden_state[:, -1:]).argmax(dim=-1)
         tokens.append(token_B1)
-        embeds_BLD = torch.cat([embeds_BLD, mllm.model.get_input_embeddings()(token_B1)], dim=1)
+        ended_B |= token_B1[:, 0] == SPECIAL_IDS["</s>"]
+        embeds_BLD = mllm.model.get_input_embeddings()(token_B1)
     captions = []
     for row in torch.cat(tokens, dim=1).tolist():
         end = row.index(SPECIAL_IDS["</s>"]) if SPECIAL_IDS["</s>"] in row else len(row)
@@ -230,11 +234,11 @@ scaled to (x / 255 - 0.5) / 0.5 (`preprocessor_config.json`). Weights are stored
 a SentencePiece unigram model of {vocabulary} pieces with byte fallback (`tokenizer.model`, the same model
 as `tokenizer.json`).
 
-    python -m examples.tiny.train_mllm --steps {steps} --seed {seed} --out examples/tiny/mllm
+{commands}
     python -m examples.tiny.mllm_report --mllm examples/tiny/mllm     # measures and writes this file
 
-It saw the train shards of `examples/data/fluent_emoji` (augmented) and drawn shape scenes, about half and
-half: {steps_done} steps of {batch} images. Held-out emoji were never read in training; held-out scenes are
+It saw the train shards of `examples/data/fluent_emoji` (augmented) and drawn shape scenes:
+{trained}, {emoji_share} of them emoji. Held-out emoji were never read in training; held-out scenes are
 those whose caption is in the tenth that `shape_scenes.is_heldout` keeps back. An alignment loss (InfoNCE
 between image and caption states at the output of language model layer {layer}, no head) stands in for what
 web-scale pre-training gives a real MLLM. All settings: `training.json`.
@@ -247,6 +251,19 @@ known words in unseen sentences.
 """
 
 
+def command(run: dict[str, Any], place: int, runs: list[dict[str, Any]]) -> str:
+    """The command of run `place` of the runs that made the model, each continuing the one before."""
+    out = "examples/tiny/mllm" if place == len(runs) - 1 else f"runs/mllm_{place + 1}"
+    line = f"python -m examples.tiny.train_mllm --steps {run['steps']} --seed {run['seed']} --out {out}"
+    if place == 0:
+        return line
+    return (
+        f"{line} \\\n        --init runs/mllm_{place} --learning-rate {run['learning_rate']} "
+        f"--warm-up-steps {run['warm_up_steps']} \\\n"
+        f"        --first-sample {run['first_sample']} --emoji-of-4 {run['emoji_of_4']}"
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Measures and writes the README; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -257,15 +274,17 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     mllm = load_tiny_mllm(options.mllm)
     settings = json.loads((options.mllm / "training.json").read_text())
+    runs = [settings]
+    while runs[0]["before"] is not None:
+        runs.insert(0, runs[0]["before"])
     text = README.format(
         parameters=sum(p.numel() for p in mllm.model.parameters()) / 1e6,
         side_px=SIDE_PX,
         width=mllm.model.lm_head.in_features,
         vocabulary=len(mllm.tokenizer),
-        steps=settings["steps"],
-        steps_done=settings["steps_done"],
-        seed=settings["seed"],
-        batch=settings["batch_images"],
+        commands="\n".join("    " + command(run, i, runs) for i, run in enumerate(runs)),
+        emoji_share=", then ".join(f"{run['emoji_of_4']} of 4" for run in runs),
+        trained=", then ".join(f"{run['steps_done']} steps of {run['batch_images']} images" for run in runs),
         layer=settings["align_layer"],
         figures=figures(mllm, options.data, options.scenes),
     )

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -66,25 +66,29 @@ def train(
     emoji: list[Emoji],
     tokenizer: PreTrainedTokenizerBase,
     on_step: Callable[[int, InternVLForConditionalGeneration, dict[str, float]], bool] | None = None,
+    initial: dict[str, torch.Tensor] | None = None,
 ) -> InternVLForConditionalGeneration:
-    """Trains a fresh model and returns it. `on_step(step, model, losses)` may stop the run by returning True.
+    """Trains a model, fresh or from `initial` weights, and returns it.
 
-    Deterministic for one thread: data are a function of (seed, sample index), masks and prompts of (seed,
-    step).
+    `on_step(step, model, losses)` may stop the run by returning True. Deterministic for one thread: data are
+    a function of (seed, sample index), masks and prompts of (seed, step).
     Raises FloatingPointError when the loss is not finite.
     """
     model = build_model(settings, len(tokenizer))
+    if initial is not None:
+        model.load_state_dict(initial)
     optimizer = build_optimizer(model, settings)
     prompts = [[], *([tokenizer.encode(p, add_special_tokens=False) for p in AUX_PROMPTS])]
     null_ids = tokenizer.encode(NULL_PROMPT, add_special_tokens=False)
     model.train()
     for step in range(settings.steps):
         rng = np.random.default_rng([settings.seed, step, 11])
-        first = step * settings.batch_images
-        batch = collate(
-            [training_sample(emoji, settings.seed, first + i) for i in range(settings.batch_images)],
-            tokenizer,
-        )
+        first = settings.first_sample + step * settings.batch_images
+        samples = [
+            training_sample(emoji, settings.seed, first + i, settings.emoji_of_4)
+            for i in range(settings.batch_images)
+        ]
+        batch = collate(samples, tokenizer)
         prompt_ids = prompts[int(rng.choice(3, p=(0.35, 0.4, 0.25)))]
         parts = losses(model, batch, prompt_ids, null_ids, settings, rng)
         loss = (
@@ -116,10 +120,12 @@ def save_model(
     folder: Path,
     settings: MllmTraining,
     steps_done: int,
+    before: dict[str, object] | None = None,
 ) -> None:
     """Writes weights (fp16), config, tokenizer, `preprocessor_config.json` and `training.json` into `folder`.
 
-    Written beside it first and moved file by file, so a reader never sees a torn file.
+    `before` is the `training.json` of the run this one continued. All is written beside it first and moved
+    file by file, so a reader never sees a torn file.
     """
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
@@ -142,7 +148,7 @@ def save_model(
     }
     (partial / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
     (partial / "training.json").write_text(
-        json.dumps(asdict(settings) | {"steps_done": steps_done}, indent=2) + "\n"
+        json.dumps(asdict(settings) | {"steps_done": steps_done, "before": before}, indent=2) + "\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(partial.iterdir()):
@@ -157,10 +163,35 @@ def train_tokenizer(emoji: list[Emoji], settings: MllmTraining) -> bytes:
     )
 
 
+def starting_point(
+    init: Path | None, emoji: list[Emoji], settings: MllmTraining
+) -> tuple[bytes, dict[str, torch.Tensor] | None, dict[str, object] | None]:
+    """SentencePiece file, weights, `training.json` to start from: those of `init`, or a new tokenizer alone.
+
+    Raises ValueError when `init` holds no saved model.
+    """
+    if init is None:
+        return train_tokenizer(emoji, settings), None, None
+    if not (init / "model.safetensors").is_file():
+        raise ValueError(
+            f"--init {init} holds no model.safetensors. Give the --out folder of an earlier run."
+        )
+    model = InternVLForConditionalGeneration.from_pretrained(init, dtype=torch.float32, local_files_only=True)
+    before = json.loads((init / "training.json").read_text())
+    return (init / "tokenizer.model").read_bytes(), model.state_dict(), before
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=MllmTraining().steps)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=MllmTraining().learning_rate)
+    parser.add_argument("--warm-up-steps", type=int, default=MllmTraining().warm_up_steps)
+    parser.add_argument("--first-sample", type=int, default=0, help="where in the sample stream to begin")
+    parser.add_argument("--emoji-of-4", type=int, default=2, help="of four samples, how many are emoji")
+    parser.add_argument(
+        "--init", type=Path, help="folder of a saved model to continue from, tokenizer included"
+    )
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="stop after this much wall time and save what there is"
     )
@@ -179,9 +210,16 @@ def main(arguments: list[str]) -> int:
     """Trains, saves to `--out` and reports the losses; returns the exit code."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    settings = replace(MllmTraining(), steps=options.steps, seed=options.seed)
+    settings = MllmTraining(
+        steps=options.steps,
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        warm_up_steps=options.warm_up_steps,
+        first_sample=options.first_sample,
+        emoji_of_4=options.emoji_of_4,
+    )
     emoji = load_emoji(sorted(options.data.glob("train-*.tar")))
-    sentencepiece_file = train_tokenizer(emoji, settings)
+    sentencepiece_file, initial, before = starting_point(options.init, emoji, settings)
     console = Console(stderr=True)
     began, average, done = time.monotonic(), {}, 0
     options.out.mkdir(parents=True, exist_ok=True)
@@ -204,11 +242,11 @@ def main(arguments: list[str]) -> int:
                     rounded = {name: round(value, 4) for name, value in average.items()}
                     file.write(json.dumps({"step": step, "minutes": round(minutes, 2), **rounded}) + "\n")
             if step % options.save_every == 0 and step < settings.steps:
-                save_model(model, sentencepiece_file, options.out, settings, step)
+                save_model(model, sentencepiece_file, options.out, settings, step, before)
             return minutes > options.minutes
 
-        model = train(settings, emoji, to_fast(sentencepiece_file), on_step)
-    save_model(model, sentencepiece_file, options.out, settings, done)
+        model = train(settings, emoji, to_fast(sentencepiece_file), on_step, initial)
+    save_model(model, sentencepiece_file, options.out, settings, done, before)
     console.print(f"saved {options.out} after {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
 

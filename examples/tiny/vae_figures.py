@@ -17,7 +17,7 @@ from torch import Tensor
 README = """# The tiny VAE
 
 A diffusers `AutoencoderKL`, {parameters:,} parameters, stored in fp16: 64 px to 8 x 8 latents of {channels}
-channels. Trained on the embedded train images only, {training}, on one CPU thread, by
+channels. Trained on the embedded train images only: {training}, on one CPU thread, by
 
     {command}
 
@@ -28,7 +28,7 @@ given level (relative to the latents' standard deviation) added before decoding:
 |---|---|---|
 {rows}
 
-`(latent - {shift}) * {scale}` has mean 0 and standard deviation 1 over the train images (`shift_factor`
+`(latent - ({shift})) * {scale}` has mean 0 and standard deviation 1 over the train images (`shift_factor`
 and `scaling_factor` in config.json; latent = mean of the posterior).
 """
 

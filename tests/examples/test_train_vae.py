@@ -16,7 +16,7 @@ from examples.tiny.vae_figures import encode, finish, load_images, psnr, save, s
 from examples.tiny.vae_start import start_from_patches
 
 TINY = VaeRecipe(
-    steps=12, batch_images=2, channels=(12, 16, 24, 32), whole_steps=2, latent_channels=4, warmup_steps=2
+    steps=8, batch_images=2, channels=(12, 16, 24, 32), whole_steps=2, latent_channels=4, warmup_steps=2
 )
 
 

@@ -44,17 +44,22 @@ def torchrun(tmp_path: Path) -> Callable[..., str]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         root = Path(__file__).parent.parent
         path = os.pathsep.join((str(root), str(root / "kernels")))
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*launch, str(script), *map(str, args)],
             env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout_s,
         )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        try:
+            printed, _ = process.communicate(timeout=timeout_s)
+        finally:
+            if process.poll() is None:  # timed out: torchrun, asked to end, ends its ranks
+                process.terminate()
+                process.communicate()
+        assert process.returncode == 0, printed[-6000:]
+        return printed
 
     return run
 

@@ -12,6 +12,7 @@ unpickles: load checkpoints of people you trust only, and exchange models as saf
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import queue
@@ -79,7 +80,9 @@ def save(
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the older checkpoints are untouched.
+        TypeError: `extra` holds what JSON cannot.
     """
+    json.dumps(extra)  # a value that JSON cannot hold fails here, not when the shards are written
     state = engine.sharded_state(loading=False)
     temporary, final = folder / f"{TEMPORARY}{name_of(step)}", folder / name_of(step)
     needed = sum(mesh.gather_objects(_local_bytes(state)))
@@ -114,8 +117,7 @@ def load(path: Path, engine: Engine, config: Config, mesh: Mesh) -> CheckpointIn
         CheckpointError: damaged, of another architecture, or saved with other optimizer settings that decide
             what is stored.
     """
-    info = read_info(path)
-    check_files(info)
+    info = _on_rank_0(mesh, lambda: _read(path))
     check_architecture(info, config)
     _check_state(info, engine, config)
     state = engine.sharded_state(loading=True)
@@ -141,8 +143,7 @@ def load_weights(
     Raises:
         CheckpointError: damaged, of another architecture, or without EMA when `ema` is asked for.
     """
-    info = read_info(path)
-    check_files(info)
+    info = _on_rank_0(mesh, lambda: _read(path))
     if config is not None:
         check_architecture(info, config)
     if ema and not info.has_ema:
@@ -216,17 +217,24 @@ def _run_writer(request: Any) -> tuple[dict[int, Any], OSError | None]:
     return written, None
 
 
-def _on_rank_0(mesh: Mesh, action: Callable[[], None]) -> None:
-    """Do it on rank 0; its OSError is raised on every rank."""
-    error = None
+def _on_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
+    """Do it on rank 0; its result, or its error, is every rank's."""
+    result, error = None, None
     if mesh.rank == 0:
         try:
-            action()
-        except OSError as caught:
+            result = action()
+        except Exception as caught:  # raised below on every rank: the others would wait forever
             error = caught
-    error = mesh.broadcast_object(error)
+    result, error = mesh.broadcast_object((result, error))
     if error is not None:
         raise error
+    return result
+
+
+def _read(path: Path) -> CheckpointInfo:
+    info = read_info(path)
+    check_files(info)
+    return info
 
 
 def _explain(error: OSError, folder: Path, needed: int) -> CheckpointError:

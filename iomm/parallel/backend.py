@@ -11,6 +11,8 @@ direction. Weights come uninitialised: the model initialises them by name, so th
 on them.
 """
 
+import functools
+import logging
 from typing import Any, final
 
 import torch
@@ -37,7 +39,7 @@ def transformer_config(
     Raises:
         ValueError: the backend is missing, or the heads do not divide over the tensor-parallel ranks.
     """
-    _check_backend(parallel)
+    _check_backend(parallel.backend)
     if heads % mesh.tp_size:
         raise ValueError(
             f"generator.heads {heads} is not divisible by parallel.tp {mesh.tp_size}: a rank holds "
@@ -60,8 +62,11 @@ def transformer_config(
     )
 
 
-def _check_backend(parallel: ParallelConfig) -> None:
-    if parallel.backend == "te":
+@functools.cache
+def _check_backend(backend: str) -> None:
+    if backend == "auto":
+        logging.getLogger(__name__).info("parallel.backend auto: local, the only layers available yet")
+    if backend == "te":
         raise ValueError(
             "parallel.backend = te, but the Transformer Engine layers are not available yet. "
             "Set parallel.backend=local (or auto, which is local today)."

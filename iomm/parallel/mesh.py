@@ -78,6 +78,7 @@ class Mesh:
 
 
 _current: tuple[ParallelConfig, Mesh] | None = None
+_left_torchrun = False
 
 
 def start(parallel: ParallelConfig) -> Mesh:
@@ -87,8 +88,8 @@ def start(parallel: ParallelConfig) -> Mesh:
     returns the same mesh.
 
     Raises:
-        ValueError: pp > 1, a world size that tp * pp does not divide, or another layout than the
-            one already started.
+        ValueError: pp > 1, a world size that tp * pp does not divide, another layout than the one already
+            started, or a second start under torchrun after `stop`.
     """
     global _current
     if _current is not None:
@@ -96,6 +97,10 @@ def start(parallel: ParallelConfig) -> Mesh:
         return _current[1]
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     _check_layout(parallel, world_size)
+    if _left_torchrun:
+        raise ValueError(
+            "this process has left torchrun's mesh and cannot join again. Launch the ranks again."
+        )
     cpu.prepare()
     device = _join()
     from megatron.core import parallel_state
@@ -119,15 +124,19 @@ def start(parallel: ParallelConfig) -> Mesh:
 
 
 def stop() -> None:
-    """Leave the mesh, so that `start` may lay out another one. Does nothing if none was started."""
-    global _current
+    """Leave the mesh, so that `start` may lay out another one. Does nothing if none was started.
+
+    Under torchrun a process can join only once (its store remembers the first rendezvous): there `stop` is
+    for the end.
+    """
+    global _current, _left_torchrun
     if _current is None:
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    _current = None
+    _current, _left_torchrun = None, "RANK" in os.environ
 
 
 def _check_layout(parallel: ParallelConfig, world_size: int) -> None:

@@ -182,6 +182,29 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_valid_and_
     assert save(tmp_path, 2, engine, config(), {}, keep_last=2, mesh=mesh) == latest(tmp_path)
 
 
+def test_data_that_json_cannot_hold_is_refused_before_anything_is_written(mesh: Mesh, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(tmp_path, 1, make(config(), mesh), config(), {"bad": object()}, keep_last=1, mesh=mesh)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched(mesh: Mesh, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make(config(), mesh), config(), {}, keep_last=1, mesh=mesh)
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    engine = make(config(), mesh, seed=1)
+    train(engine, 0, 1)
+    before = everything(engine)
+    for attempt in (
+        lambda: load(path, engine, config(), mesh),
+        lambda: load_weights(path, engine.module, ema=False, mesh=mesh),
+    ):
+        with pytest.raises(CheckpointError, match=rf"is damaged: {shard.name} has .* bytes instead of"):
+            attempt()
+    after = everything(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_in_words(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot save a checkpoint in .*file"):

@@ -51,3 +51,12 @@ def test_what_ranks_say_to_each_other_is_plain_in_one_process(mesh: Mesh) -> Non
     assert mesh.gather_objects("x") == ["x"]
     assert mesh.any_rank(True) and not mesh.any_rank(False)
     assert torch.equal(mesh.mean_over_dp(torch.arange(3.0)), torch.arange(3.0))
+
+
+def test_a_process_that_left_torchrun_is_told_so_instead_of_waiting_forever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mesh_module, "_current", None)
+    monkeypatch.setattr(mesh_module, "_left_torchrun", True)
+    with pytest.raises(ValueError, match="cannot join again. Launch the ranks again"):
+        start(ParallelConfig())

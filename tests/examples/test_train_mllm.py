@@ -1,6 +1,7 @@
 """The tiny MLLM: its tokenizer, its training, and what the shipped one has learned."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from examples.tiny.mllm_model import (
 )
 from examples.tiny.mllm_report import TinyMllm, blank, caption_loss, describe, load_tiny_mllm, own, same_words
 from examples.tiny.shape_scenes import draw_scene, sample_scene
-from examples.tiny.train_mllm import save_model, train
+from examples.tiny.train_mllm import save_model, starting_point, train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "tiny" / "mllm"
@@ -73,12 +74,6 @@ def drawn_emoji(count: int) -> list[Emoji]:
         image = draw_scene(scene)
         made.append(Emoji(key=str(i), label=scene.sentence, image=image, ground=background_mask(image)))
     return made
-
-
-def ids(text: str) -> list[int]:
-    return AutoTokenizer.from_pretrained(SHIPPED, local_files_only=True).encode(
-        text, add_special_tokens=False
-    )
 
 
 def test_autotokenizer_and_sentencepiece_give_the_same_ids_for_captions_and_prompts() -> None:
@@ -144,7 +139,7 @@ def test_the_loss_falls_in_training() -> None:
         seen.append(parts["image_caption"])
         return False
 
-    longer = MllmTraining(**{**vars(SMALL), "steps": 25, "batch_images": 8, "learning_rate": 5e-3})
+    longer = replace(SMALL, steps=25, batch_images=8, learning_rate=5e-3)
     train(longer, drawn_emoji(6), shipped().tokenizer, watch)
     assert len(seen) == 25
     assert np.mean(seen[-5:]) < 0.75 * np.mean(seen[:5])
@@ -220,6 +215,34 @@ def test_samples_are_a_function_of_seed_and_index_and_alternate_emoji_and_scenes
         assert (same.caption, same.image.tobytes()) == (sample.caption, sample.image.tobytes())
     epoch = [training_sample(emoji, 1, 2 * i).caption for i in range(6)]
     assert all(any(caption.startswith(e.label) for caption in epoch) for e in emoji)
+
+
+def test_of_four_samples_as_many_are_emoji_as_asked_and_an_epoch_still_meets_each_once() -> None:
+    emoji = drawn_emoji(6)
+    labels = tuple(e.label for e in emoji)
+    captions = [training_sample(emoji, 1, i, emoji_of_4=3).caption for i in range(8)]
+    assert [caption.startswith(labels) for caption in captions] == [True, True, True, False] * 2
+    assert all(any(caption.startswith(label) for caption in captions) for label in labels)
+    with pytest.raises(ValueError, match="emoji_of_4 is 0"):
+        training_sample(emoji, 1, 0, emoji_of_4=0)
+
+
+def test_a_run_continues_from_a_saved_model_and_records_what_came_before(tmp_path: Path) -> None:
+    model = build_model(SMALL, 1200)
+    save_model(model, (SHIPPED / "tokenizer.model").read_bytes(), tmp_path / "first", SMALL, 3)
+    tokenizer_file, weights, before = starting_point(tmp_path / "first", [], SMALL)
+    assert tokenizer_file == (SHIPPED / "tokenizer.model").read_bytes()
+    assert before is not None
+    assert before["steps_done"] == 3
+    still = replace(SMALL, steps=1, learning_rate=0.0, final_learning_rate=0.0)
+    continued = train(still, drawn_emoji(6), shipped().tokenizer, initial=weights).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(continued[name], tensor.half().float(), rtol=0, atol=0)
+
+
+def test_continuing_from_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model.safetensors"):
+        starting_point(tmp_path, [], SMALL)
 
 
 def test_padding_follows_the_end_of_each_caption() -> None:

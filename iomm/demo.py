@@ -20,7 +20,7 @@ from iomm.system import paint
 from iomm.training.train import train
 from iomm.training.watch import example_prompts
 
-STEPS = (600, 1400)  # of stage 1 and stage 2
+STEPS = (400, 1000)  # of stage 1 and stage 2
 PROMPTS_EACH = 12  # from training pairs, and held out
 SEED, SAMPLER_STEPS, GUIDANCE = 7, 25, 3.0
 

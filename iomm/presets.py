@@ -12,6 +12,7 @@ from iomm.config import (
     Config,
     ConnectorConfig,
     DataConfig,
+    FlowConfig,
     GeneratorConfig,
     MllmConfig,
     OptimizerConfig,
@@ -42,6 +43,8 @@ def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed:
         ),
         mllm=MllmConfig(path=str(examples / "tiny" / "mllm"), max_caption_tokens=64),
         codec=CodecConfig(path=str(examples / "tiny" / "vae")),
+        # Clean prediction weighs the velocity loss by 1 / t^2; drawing t towards noise keeps the weights even.
+        flow=FlowConfig(timestep="logit_normal", logit_mean=0.8, logit_std=0.8),
         condition=ConditionConfig(
             queries=16,
             adapter_heads=4,

@@ -1,4 +1,5 @@
-"""A run small enough for tests: random frozen models in their real layouts, drawn images, a 40 k-parameter generator."""
+"""A run small enough for tests: random frozen models in their real layouts, drawn images, a 40 k-parameter
+generator."""
 
 import dataclasses
 import io
@@ -110,8 +111,8 @@ def small_config(world: Path, out: Path, name: str = "run", **settings: Any) -> 
 
 def config_file(config: Config, path: Path) -> Path:
     """A configuration file for the command line."""
-    text = f"from iomm.config import Config\n\n\ndef config():\n    return Config.from_dict({config.to_dict()!r})\n"
-    path.write_text(text)
+    body = f"def config():\n    return Config.from_dict({config.to_dict()!r})\n"
+    path.write_text(f"from iomm.config import Config\n\n\n{body}")
     return path
 
 

@@ -168,7 +168,7 @@ class OptimizerConfig:
     warmup_steps: int = 1000
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr: float = 0.0  # where "cosine" ends
-    ema_decay: float | None = 0.999  # None: no EMA
+    ema_decay: float | None = None  # of the averaged weights (EMA), e.g. 0.999; None: no EMA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from iomm.config import (
     GeneratorConfig,
     MllmConfig,
     OptimizerConfig,
+    ParallelConfig,
     TrainConfig,
 )
 
 
 def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed: int = 0) -> Config:
-    """Six million parameters, 64 px, 16 latent tokens: a laptop's run on the shipped images, every step of a
-    cluster's.
+    """Six million parameters, 64 px, 16 latent tokens: every step of a cluster's run, on a laptop.
 
     It predicts the clean latent: at this size that learns much sooner than predicting the velocity.
 
@@ -43,7 +43,7 @@ def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed:
         ),
         mllm=MllmConfig(path=str(examples / "tiny" / "mllm"), max_caption_tokens=64),
         codec=CodecConfig(path=str(examples / "tiny" / "vae")),
-        # Clean prediction weighs the velocity loss by 1 / t^2; drawing t towards noise keeps the weights even.
+        # Clean prediction weighs the velocity loss by 1 / t^2; t drawn towards noise keeps the weights even.
         flow=FlowConfig(timestep="logit_normal", logit_mean=0.8, logit_std=0.8),
         condition=ConditionConfig(
             queries=16,
@@ -96,6 +96,8 @@ def _flux(
         condition=ConditionConfig(queries=256, adapter_heads=12, mask_ratio=0.85),
         data=DataConfig(images=tuple(images)),
         optimizer=OptimizerConfig(ema_decay=ema_decay),
+        # With bf16 the EMA reads the fp32 masters, which a rank then has to hold in full.
+        parallel=ParallelConfig(distributed_optimizer=ema_decay is None),
         train=TrainConfig(
             steps=steps,
             global_batch_images=global_batch_images,

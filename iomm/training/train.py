@@ -115,9 +115,8 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
         watch.step()
         _quarantine(t, step)
         _check_finite(t, step, result, batch)
-        throughput = (
-            watch.read(settings.global_batch_images, flops) if step % settings.log_every_steps == 0 else None
-        )
+        logged = step == settings.steps or step % settings.log_every_steps == 0
+        throughput = watch.read(settings.global_batch_images, flops) if logged else None
         if throughput is not None:
             _log(t, step, result, throughput)
         screen.update(step, result.loss, throughput)

@@ -1,5 +1,6 @@
 """The training loop as its users see it: curves, folders, resumes, faults."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import torch
 
 from iomm.checkpoint import sharded
 from iomm.checkpoint.generator import open_generator
+from iomm.presets import b, large
 from iomm.training import train as loop
 from iomm.training.train import TrainingAborted, train
 from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
@@ -99,17 +101,19 @@ def test_cached_features_give_the_same_curve_and_are_found_again(finished, world
     assert sorted((tmp_path / "cache").rglob("part-*")) == parts
 
 
-def test_bf16_trains_with_fp32_masters(world, tmp_path):
-    config = small_config(
-        world,
-        tmp_path,
-        train__precision="bf16",
-        parallel__distributed_optimizer=False,
-        train__steps=4,
-        train__eval_every_steps=100,
-    )
+@pytest.mark.parametrize("preset", [b, large], ids=["b", "l"])
+def test_the_big_presets_recipes_train_in_bf16_when_their_shapes_are_shrunk(world, tmp_path, preset):
+    small, big = small_config(world, tmp_path), preset("big", ["x.tar"])
+    condition = dataclasses.replace(small.condition, mask_ratio=big.condition.mask_ratio)
+    train_ = dataclasses.replace(small.train, steps=3, precision=big.train.precision, eval_every_steps=100)
+    generator = dataclasses.replace(small.generator, predict=big.generator.predict)
+    changes = {"data": small.data, "mllm": small.mllm, "codec": small.codec, "out_dir": small.out_dir}
+    config = dataclasses.replace(big, **changes, condition=condition, train=train_, generator=generator)
     train(config)
+    assert config.train.precision == "bf16"
+    assert len(losses(config.run_dir)) == 3
     assert all(math.isfinite(loss) for loss in losses(config.run_dir).values())
+    assert weights(config.run_dir, ema=config.optimizer.ema_decay is not None)
 
 
 def test_stage_two_starts_from_the_averaged_weights_of_stage_one(finished, world, tmp_path):

@@ -31,8 +31,10 @@ from examples.tiny.mllm_data import (
 )
 from examples.tiny.mllm_model import AUX_PROMPTS, NULL_PROMPT, image_prefix, run_language_model, token_losses
 from examples.tiny.mllm_tokenizer import SPECIAL_IDS
+from examples.tiny.shape_scenes import COLOURS, NUMBERS, SHAPES
 
 HERE = Path(__file__).parent
+PLACES = ("left", "right", "above", "below", "top", "bottom", "corner")
 Change = Callable[[torch.Tensor], torch.Tensor]  # pixels_BCHW -> pixels_BCHW
 
 
@@ -163,6 +165,16 @@ def same_words(said: str, meant: str) -> bool:
     return sorted(said.lower().split(" and ")) == sorted(meant.lower().split(" and "))
 
 
+def words_right(said: Sequence[str], meant: Sequence[str], kinds: Sequence[str]) -> float:
+    """Share of the captions with exactly the words of one kind (colours, say) they should have, in any order."""
+
+    def found(caption: str) -> list[str]:
+        singular = (word.lower() for word in caption.split())
+        return sorted(w for word in singular for w in kinds if word in (w, w + "s", w + "es"))
+
+    return sum(found(a) == found(b) for a, b in zip(said, meant, strict=True)) / len(said)
+
+
 def shards(data: Path, split: str) -> list[Path]:
     """The tar files of a split, in order."""
     return sorted(data.glob(f"{split}-*.tar"))
@@ -211,6 +223,11 @@ def figures(mllm: TinyMllm, data: Path, scenes: int) -> str:
         said = describe(mllm, [s.image for s in samples])
         hits = sum(same_words(a, s.caption) for a, s in zip(said, samples, strict=True))
         lines.append(f"| {name} | {hits / len(samples):.1%} |")
+    meant = [s.caption for s in drawn]
+    said = describe(mllm, [s.image for s in drawn])
+    parts = {"colours": COLOURS, "shapes": SHAPES, "numbers above one": NUMBERS.values(), "places": PLACES}
+    for part, kinds in parts.items():
+        lines.append(f"| scenes with just the right {part} | {words_right(said, meant, tuple(kinds)):.1%} |")
     lines += [
         "",
         "Greedy captions, samples picked by position, not by result:",

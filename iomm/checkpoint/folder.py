@@ -197,7 +197,7 @@ def check_architecture(info: CheckpointInfo, config: Config) -> None:
     ours = config.to_dict()
     for section in _ARCHITECTURE:
         theirs_value, our_value = _lookup(info.config, section), _lookup(ours, section)
-        for key in theirs_value.keys() | our_value.keys():
+        for key in {**our_value, **theirs_value}:  # in the order of config.py
             theirs, own = theirs_value.get(key), our_value.get(key)
             if _comparable(key, theirs) != _comparable(key, own):
                 raise CheckpointError(

@@ -109,9 +109,8 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
     for step in range(t.first_step + 1, settings.steps + 1):
         batch = list(islice(batches, micro_batches))
         encoded = [t.encoders.encode(b) for b in batch]
-        result = t.engine.step(
-            forward, encoded, micro_batches
-        )  # forward, backward, clip, optimizer step, EMA
+        # Forward and backward of every micro-batch, gradient sum, clip, optimizer step, EMA.
+        result = t.engine.step(forward, encoded, micro_batches)
         watch.step()
         _quarantine(t, step)
         _check_finite(t, step, result, batch)

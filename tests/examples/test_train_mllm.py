@@ -104,10 +104,13 @@ def test_autotokenizer_and_sentencepiece_give_the_same_ids_for_captions_and_prom
 @settings(max_examples=100, deadline=None, database=None)
 @given(
     st.text(
-        alphabet=st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_characters="<"), max_size=40
+        alphabet=st.characters(
+            min_codepoint=32, max_codepoint=0x24F, exclude_characters="<", exclude_categories=("Cc", "Cf")
+        ),
+        max_size=40,
     )
 )
-def test_any_latin_text_encodes_to_the_same_ids_and_comes_back(text: str) -> None:
+def test_any_printable_latin_text_encodes_to_the_same_ids_and_comes_back(text: str) -> None:
     tokenizer = shipped().tokenizer
     tokens = tokenizer.encode(text)
     assert tokens == reference().encode(text)

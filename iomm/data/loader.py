@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples stacked, in the order of the indices asked for."""
+    """B samples stacked, in the order of the indices asked for."""
 
     index_B: Tensor  # int64, on the CPU
     keys: tuple[str, ...]
@@ -61,6 +61,16 @@ class Batch:
             hashes=tuple(s.content_hash for s in samples),
             image_BCHW=torch.stack([s.image_CHW for s in samples]),
             captions=tuple(s.caption for s in samples),
+        )
+
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """The samples at these positions of the batch, in their order."""
+        return Batch(
+            index_B=self.index_B[list(rows)],
+            keys=tuple(self.keys[i] for i in rows),
+            hashes=tuple(self.hashes[i] for i in rows),
+            image_BCHW=self.image_BCHW[list(rows)],
+            captions=tuple(self.captions[i] for i in rows),
         )
 
 

@@ -18,6 +18,7 @@ class TrainingProgress:
         self.console = Console(stderr=True, quiet=not shown, highlight=False)
         self.name, self.steps, self.first_step = name, steps, first_step
         self.started = self.last_line = time.monotonic()
+        self._rate = ""
         self.bar: Progress | None = None
         if shown and self.console.is_terminal:
             columns = (
@@ -36,8 +37,8 @@ class TrainingProgress:
         if throughput is not None:
             tflops = throughput["tflops"]
             assert isinstance(tflops, dict)
-            self.rate = f"  {throughput['images_per_s']} images/s  {sum(tflops.values()):.3g} TFLOP/s"
-        text += getattr(self, "rate", "")
+            self._rate = f"  {throughput['images_per_s']} images/s  {sum(tflops.values()):.3g} TFLOP/s"
+        text += self._rate
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
         elif time.monotonic() - self.last_line >= LINE_EVERY_S or step == self.steps:

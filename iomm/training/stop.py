@@ -2,6 +2,7 @@
 once."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,8 +21,6 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def __enter__(self) -> Self:
-        import threading
-
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)

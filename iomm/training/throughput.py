@@ -6,7 +6,9 @@ query rows).
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +35,7 @@ def count_step_flops(config: Config, system: System, encoders: Encoders) -> Step
     image = torch.zeros(1, 3, px, px, dtype=torch.uint8, device=device)
     counted: dict[str, int] = {}
 
-    def count(name: str, call):  # noqa: ANN001, ANN202
+    def count(name: str, call: Callable[[], Any]) -> Any:
         with FlopCounterMode(display=False) as counter:
             out = call()
         counted[name] = counter.get_total_flops()

@@ -204,7 +204,11 @@ def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) ->
 def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
     """Write a checkpoint. A failure (full disk) ends the run only if it was to be the last one."""
     if t.encoders.cache is not None:
-        t.encoders.cache.flush()
+        try:
+            t.encoders.cache.flush()
+        except OSError as error:  # it stays in memory, and the next flush tries again
+            t.run.event(step, "cache_not_written", str(error))
+            screen.say(f"step {step}  feature cache not written, training goes on: {error}")
     try:
         path = sharded.save(
             t.checkpoints, step, t.engine, t.config, extra={}, keep_last=t.config.train.keep_last, mesh=t.mesh

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from iomm.config import Config, DataConfig
@@ -34,16 +35,6 @@ def example_prompts(data: DataConfig, n: int) -> tuple[list[str], list[str]]:
     return found[0], found[1]
 
 
-def _slice(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(
-        index_B=batch.index_B[rows],
-        keys=tuple(batch.keys[i] for i in rows),
-        hashes=tuple(batch.hashes[i] for i in rows),
-        image_BCHW=batch.image_BCHW[rows],
-        captions=tuple(batch.captions[i] for i in rows),
-    )
-
-
 @dataclass(frozen=True)
 class Watch:
     """Held-out samples, encoded once, and the prompts of the grids."""
@@ -64,9 +55,9 @@ class Watch:
         samples, size = config.train.eval_images, config.train.micro_batch_images
         batch = loader.heldout(samples)
         mine = list(range(mesh.dp_rank, samples, mesh.dp_size))
-        items = [encoders.encode(_slice(batch, mine[i : i + size])) for i in range(0, len(mine), size)]
+        items = [encoders.encode(batch.take(mine[i : i + size])) for i in range(0, len(mine), size)]
         seen, heldout = example_prompts(config.data, GRID_IMAGES)
-        grid_batch = _slice(batch, spaced(GRID_IMAGES, samples))
+        grid_batch = batch.take(spaced(GRID_IMAGES, samples))
         return cls(config, encoders, mesh, items, samples, grid_batch, seen + heldout)
 
     def evaluate(self, system: System, run: Run, step: int) -> str:
@@ -92,8 +83,6 @@ class Watch:
         return line if check.reason is None else f"{line}\nCOPYING ALARM: {check.reason}"
 
     def _save_reconstructions(self, run: Run, step: int, masked: Tensor, null: Tensor) -> None:
-        import torch
-
         n = len(masked)
         pictures = torch.cat((self.grid_batch.image_BCHW, masked.cpu(), null.cpu()))
         captions = [f"image {key}" for key in self.grid_batch.keys]

@@ -26,13 +26,16 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """FLUX-family MM-DiT (method.md section 3)."""
+    """The generator (method.md section 3): FLUX's MM-DiT, or Z-Image's single-stream transformer."""
 
+    family: Literal["flux", "z_image"] = "flux"
     hidden_size: int
     heads: int
-    double_blocks: int  # separate weights for the condition and the image stream
+    double_blocks: int  # separate weights for the condition and the image stream; z_image: 0
     single_blocks: int = 0  # shared weights
-    mlp_ratio: float = 4.0
+    refiner_blocks: int = 0  # z_image: blocks of each stream alone, before the two are joined
+    mlp_ratio: float = 4.0  # z_image: SwiGLU of width 2/3 of this, which costs as much
+    norm_affine: bool = True  # z_image: whether the blocks' RMSNorms have weights, as the stock class's do
     rope_axes: tuple[int, int, int] = (
         16,
         56,
@@ -44,18 +47,44 @@ class GeneratorConfig:
     predict: Literal["velocity", "clean"] = (
         "velocity"  # what the network's output means; the loss is on the velocity
     )
+    # What imported FLUX.1 weights have and our own models do without. Nothing in a run varies them, so
+    # training and sampling feed constants: a pooled text vector of zeros, and this guidance.
+    pooled_width: int | None = None  # channels of the pooled text vector; None: no such input
+    guidance_embedding: bool = False  # whether the guidance scale is an input (FLUX.1-dev)
+    guidance_value: float = 3.5  # the constant fed to it; 3.5 is FLUX.1-dev's own
 
     def __post_init__(self) -> None:
+        _require(
+            self.pooled_width is None or self.pooled_width > 0,
+            f"generator.pooled_width {self.pooled_width} must be positive; null means no pooled input.",
+        )
         _require(
             self.hidden_size % self.heads == 0,
             f"generator.hidden_size {self.hidden_size} is not divisible by generator.heads {self.heads}. "
             "Choose heads that divide it.",
         )
+        self._check_family()
         head_size = self.hidden_size // self.heads
         _require(
             sum(self.rope_axes) == head_size and all(a % 2 == 0 for a in self.rope_axes),
             f"generator.rope_axes {self.rope_axes} must be even and sum to the head size {head_size}.",
         )
+
+    def _check_family(self) -> None:
+        fixed: dict[str, object] = {"refiner_blocks": 0, "norm_affine": True}
+        if self.family == "z_image":
+            fixed = {"double_blocks": 0, "mlp_ratio": 4.0, "pooled_width": None, "guidance_embedding": False}
+            _require(
+                self.token_channels % 4 == 0,
+                f"generator.token_channels {self.token_channels} is no multiple of 4, but a token of the "
+                "z_image family is a 2 x 2 patch. Choose an autoencoder with codec.patch=2.",
+            )
+        for name, value in fixed.items():
+            _require(
+                getattr(self, name) == value,
+                f"generator.{name} {getattr(self, name)} does not fit generator.family={self.family}, which "
+                f"has it at {value}. Leave it there, or choose the other family.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +94,7 @@ class MllmConfig:
     path: str  # a folder in the Hugging Face layout, or a hub name
     revision: str | None = None  # hub revision; None: the folder as it is
     max_caption_tokens: int = 128  # a longer caption is an error, never cut
+    image_px: int | None = None  # side of the image it sees; None: its own, Qwen: 16 x 16 tokens
 
 
 @dataclass(frozen=True, kw_only=True)

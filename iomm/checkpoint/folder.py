@@ -194,9 +194,9 @@ def check_architecture(info: CheckpointInfo, config: Config) -> None:
     Raises:
         CheckpointError: names the first setting that differs, with both values.
     """
-    ours = config.to_dict()
+    ours, saved = config.to_dict(), _with_defaults(info)
     for section in _ARCHITECTURE:
-        theirs_value, our_value = _lookup(info.config, section), _lookup(ours, section)
+        theirs_value, our_value = _lookup(saved, section), _lookup(ours, section)
         for key in {**our_value, **theirs_value}:  # in the order of config.py
             theirs, own = theirs_value.get(key), our_value.get(key)
             if _comparable(key, theirs) != _comparable(key, own):
@@ -204,6 +204,17 @@ def check_architecture(info: CheckpointInfo, config: Config) -> None:
                     f"checkpoint {info.path} has {key} = {theirs}, this run {own}. "
                     f"Set {key} to {theirs}, or start from another checkpoint."
                 )
+
+
+def _with_defaults(info: CheckpointInfo) -> dict[str, Any]:
+    """The run's settings; those that did not exist yet when it was saved have their defaults."""
+    try:
+        return Config.from_dict(info.config).to_dict()
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {info.path} was saved by iomm {info.iomm_version} with settings that this iomm "
+            f"does not take: {error} Use that version."
+        ) from error
 
 
 def _lookup(config: Mapping[str, Any], section: str) -> dict[str, Any]:

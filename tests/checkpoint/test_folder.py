@@ -178,6 +178,17 @@ def test_settings_that_are_not_architecture_may_change(tmp_path: Path, changed: 
     check_architecture(read_info(checkpoint(tmp_path, 1)), changed)
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
+    info = read_info(checkpoint(tmp_path, 1))
+    del info.config["generator"]["guidance_embedding"]
+    check_architecture(info, config())
+    with pytest.raises(CheckpointError, match="guidance_embedding"):
+        check_architecture(info, _change("generator", guidance_embedding=True))
+    info.config["generator"]["from_the_future"] = 1
+    with pytest.raises(CheckpointError, match="from_the_future.*Use that version"):
+        check_architecture(info, config())
+
+
 def test_looking_at_checkpoints_does_not_import_torch() -> None:
     code = "import sys, iomm.checkpoint.folder; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]

@@ -132,3 +132,31 @@ def large(name: str, images: Sequence[str]) -> Config:
         images=images,
         ema_decay=None,
     )
+
+
+def xl(name: str, images: Sequence[str]) -> Config:
+    """IOMM-XL, 6 B parameters, Z-Image's shape: stage 1 at batch 4096, mask ratio 0.45, no EMA.
+
+    The paper trains it with Muon; until that comes with the layouts work, this is AdamW. It prints no length:
+    these steps see as many images as B's.
+    """
+    return Config(
+        name=name,
+        generator=GeneratorConfig(
+            family="z_image",
+            hidden_size=3840,
+            heads=30,
+            double_blocks=0,
+            single_blocks=30,
+            refiner_blocks=2,
+            rope_axes=(32, 48, 48),
+            rope_theta=256.0,
+            condition_width=2560,
+        ),
+        mllm=MllmConfig(path="OpenGVLab/InternVL3-2B-hf"),
+        codec=CodecConfig(path="weights/flux/vae"),
+        condition=ConditionConfig(queries=256, adapter_heads=12, mask_ratio=0.45),
+        data=DataConfig(images=tuple(images)),
+        optimizer=OptimizerConfig(ema_decay=None),
+        train=TrainConfig(steps=27_000, global_batch_images=4096, micro_batch_images=4, precision="bf16"),
+    )

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 
 from iomm.config import Config
-from iomm.presets import b, large, tiny
+from iomm.presets import b, large, tiny, xl
 
 
 def make() -> Config:
     return tiny("t", Path("examples"), steps=10)
 
 
-@pytest.mark.parametrize("config", [make(), b("b", ["x.tar"]), large("l", ["x.tar"])], ids=["tiny", "b", "l"])
+@pytest.mark.parametrize(
+    "config",
+    [make(), b("b", ["x.tar"]), large("l", ["x.tar"]), xl("xl", ["x.tar"])],
+    ids=["tiny", "b", "l", "xl"],
+)
 def test_a_config_survives_json(config):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

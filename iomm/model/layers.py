@@ -36,20 +36,16 @@ def zero_init(linear: nn.Module) -> nn.Module:
     return linear
 
 
-class TimeEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, D): sinusoids, two linears, SiLU between and after (every user applies it
-    first)."""
+class VectorEmbedding(nn.Module):
+    """A vector a sample (B, C) -> (B, D): two linears, SiLU between."""
 
-    CHANNELS = 256
-
-    def __init__(self, layers: Layers, hidden_size: int) -> None:
+    def __init__(self, layers: Layers, channels: int, hidden_size: int) -> None:
         super().__init__()
-        self.first = layers.replicated(self.CHANNELS, hidden_size)
+        self.first = layers.replicated(channels, hidden_size)
         self.second = layers.replicated(hidden_size, hidden_size)
 
-    def forward(self, t_B: Tensor) -> Tensor:
-        embedded = timestep_embedding(t_B, self.CHANNELS).to(self.first.weight.dtype)
-        return functional.silu(self.second(functional.silu(self.first(embedded))))
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.second(functional.silu(self.first(x_BC.to(self.first.weight.dtype))))
 
 
 class Modulation(nn.Module):
@@ -72,10 +68,10 @@ def modulate(x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 class QueryKeyNorm(nn.Module):
     """RMSNorm over each head's channels, separate weights for queries and keys (FLUX)."""
 
-    def __init__(self, layers: Layers, head_size: int) -> None:
+    def __init__(self, layers: Layers, head_size: int, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.query = layers.head_norm(head_size, eps=NORM_EPS)
-        self.key = layers.head_norm(head_size, eps=NORM_EPS)
+        self.query = layers.head_norm(head_size, eps=eps)
+        self.key = layers.head_norm(head_size, eps=eps)
 
     def forward(self, q_LBHK: Tensor, k_LBHK: Tensor) -> tuple[Tensor, Tensor]:
         return self.query(q_LBHK), self.key(k_LBHK)

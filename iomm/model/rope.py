@@ -7,19 +7,23 @@ the angle position / theta^(2 i / axis size). L tokens, K channels of a head, B 
 import torch
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]  # cos_LP, sin_LP with P = K / 2 pairs
+Rope = tuple[Tensor, Tensor]  # cos_LP, sin_LP with P = K / 2 pairs; (L, B, P) where samples differ
 
 
 def rope(
     positions_L3: Tensor, axes: tuple[int, int, int], theta: float, dtype: torch.dtype = torch.float32
 ) -> Rope:
-    """cos and sin of every angle, computed in fp64 and stored in fp32 (fp64 for fp64 models)."""
+    """cos and sin of every angle, computed in fp64 and stored in fp32 (fp64 for fp64 models).
+
+    Args:
+        positions_L3: the same for all samples, or (L, B, 3).
+    """
     angles = []
     for axis, size in enumerate(axes):
         frequency_P = theta ** (
             -torch.arange(0, size, 2, dtype=torch.float64, device=positions_L3.device) / size
         )
-        angles.append(positions_L3[:, axis, None].to(torch.float64) * frequency_P)
+        angles.append(positions_L3[..., axis, None].to(torch.float64) * frequency_P)
     angle_LP = torch.cat(angles, dim=-1)
     store = torch.promote_types(dtype, torch.float32)
     return angle_LP.cos().to(store), angle_LP.sin().to(store)
@@ -27,7 +31,7 @@ def rope(
 
 def rotate(x_LBHK: Tensor, rope_: Rope) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) by its angle, in fp32 or better; returns the input's dtype."""
-    cos_LP, sin_LP = (part[:, None, None] for part in rope_)
-    even, odd = x_LBHK.to(cos_LP.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos_LP - odd * sin_LP, even * sin_LP + odd * cos_LP), dim=-1)
+    cos, sin = (part[:, None, None] if part.ndim == 2 else part[:, :, None] for part in rope_)
+    even, odd = x_LBHK.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_LBHK.dtype)

@@ -1,5 +1,7 @@
 """The FLOP formula against a count of the operators that really run."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions
 from iomm.model.flops import generator_forward_flops
+from tests.model import test_single_stream
 from tests.model.test_mmdit import make
 
 
@@ -26,4 +29,20 @@ def test_formula_equals_the_counted_operators(double, single):
         with FlopCounterMode(display=False) as counter:
             model(*arguments)
     formula = generator_forward_flops(config, 20, 7)
+    assert abs(counter.get_total_flops() / formula - 1) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [(4, 5, 7), (4, 8, 33)])
+def test_formula_of_the_single_stream_family_equals_the_counted_operators(tokens):
+    rows, columns, condition_tokens = tokens
+    config = dataclasses.replace(
+        test_single_stream.SMALL, hidden_size=96, rope_axes=(16, 16, 16), token_channels=64, refiner_blocks=2
+    )
+    with torch.device("meta"):
+        model = test_single_stream.make(config, torch.float32)
+        image, condition = torch.empty(1, rows * columns, 64), torch.empty(1, condition_tokens, 12)
+        arguments = (image, torch.empty(1), condition, grid_positions(rows, columns))
+        with FlopCounterMode(display=False) as counter:
+            model(*arguments)
+    formula = generator_forward_flops(config, rows * columns, condition_tokens)
     assert abs(counter.get_total_flops() / formula - 1) < 1e-3

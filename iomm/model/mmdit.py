@@ -21,14 +21,17 @@ from iomm.config import GeneratorConfig
 from iomm.model.layers import (
     Modulation,
     QueryKeyNorm,
-    TimeEmbedding,
+    VectorEmbedding,
     attention,
     modulate,
     split_heads,
+    timestep_embedding,
     zero_init,
 )
 from iomm.model.rope import Rope, rope, rotate
 from iomm.parallel.backend import Layers
+
+SINUSOIDS = 256  # numbers that a timestep or a guidance scale is spread into
 
 
 class Mlp(nn.Module):
@@ -147,7 +150,9 @@ class MMDiT(nn.Module):
         d = config.hidden_size
         self.image_in = layers.replicated(config.token_channels, d)
         self.condition_in = layers.replicated(config.condition_width, d)
-        self.time = TimeEmbedding(layers, d)
+        self.time = VectorEmbedding(layers, SINUSOIDS, d)
+        self.guidance = VectorEmbedding(layers, SINUSOIDS, d) if config.guidance_embedding else None
+        self.pooled = None if config.pooled_width is None else VectorEmbedding(layers, config.pooled_width, d)
         self.double_blocks = nn.ModuleList(
             DoubleBlock(layers, config, last=config.single_blocks == 0 and i == config.double_blocks - 1)
             for i in range(config.double_blocks)
@@ -163,6 +168,9 @@ class MMDiT(nn.Module):
         condition_BTE: Tensor,
         positions_L3: Tensor,
         attend_BT: Tensor | None = None,
+        *,
+        pooled_BP: Tensor | None = None,
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
         """Predict for noisy tokens.
 
@@ -172,13 +180,17 @@ class MMDiT(nn.Module):
             condition_BTE: condition tokens.
             positions_L3: (frame, row, column) of each image token.
             attend_BT: True where a condition token counts; None: all do.
+            pooled_BP: pooled text vectors, exactly if `config.pooled_width` is set.
+            guidance_B: guidance scales, exactly if `config.guidance_embedding`.
         Returns:
             (B, L, C), velocity or clean latent.
+        Raises:
+            ValueError: an input that the model was not built for, or one that is missing.
         """
         dtype = self.image_in.weight.dtype
         x_LBD = self.image_in(x_t_BLC.to(dtype).transpose(0, 1))
         c_TBD = self.condition_in(condition_BTE.to(dtype).transpose(0, 1))
-        time_BD = self.time(t_B)
+        time_BD = self._steering(t_B, pooled_BP, guidance_B)
         positions_S3 = torch.cat((positions_L3.new_zeros(c_TBD.shape[0], 3), positions_L3))
         rope_ = rope(positions_S3, self.config.rope_axes, self.config.rope_theta, dtype)
         attend_BS = None if attend_BT is None else functional.pad(attend_BT, (0, x_LBD.shape[0]), value=True)
@@ -191,3 +203,39 @@ class MMDiT(nn.Module):
             x_LBD = s_SBD[c_TBD.shape[0] :]
         scale, shift = self.out_modulation(time_BD)
         return self.out(modulate(x_LBD, shift, scale)).transpose(0, 1)
+
+    def _steering(self, t_B: Tensor, pooled_BP: Tensor | None, guidance_B: Tensor | None) -> Tensor:
+        """What modulates every block (B, D): SiLU (which every user applies first) of the time's embedding,
+        plus that of the guidance and that of the pooled text if the model has them."""
+        _check_input("guidance_B", guidance_B, "guidance_embedding", self.guidance)
+        _check_input("pooled_BP", pooled_BP, "pooled_width", self.pooled)
+        total_BD = self.time(timestep_embedding(t_B, SINUSOIDS))
+        if self.guidance is not None and guidance_B is not None:
+            total_BD = total_BD + self.guidance(timestep_embedding(guidance_B, SINUSOIDS))
+        if self.pooled is not None and pooled_BP is not None:
+            total_BD = total_BD + self.pooled(pooled_BP)
+        return functional.silu(total_BD)
+
+
+def _check_input(what: str, given: Tensor | None, setting: str, module: nn.Module | None) -> None:
+    if (given is None) != (module is None):
+        raise ValueError(
+            f"{what} is {'missing' if given is None else 'given'}, but the model was built "
+            f"{'without' if module is None else 'with'} that input. Give it exactly if generator.{setting} "
+            "is set."
+        )
+
+
+def unvaried_inputs(config: GeneratorConfig, samples: int, device: torch.device) -> dict[str, Tensor]:
+    """The inputs of imported FLUX.1 weights that no run of ours varies, as keyword arguments of
+    `MMDiT.forward`; empty for models without them.
+
+    The pooled text vector is zero: the text speaks through the condition tokens alone, and a linear of zeros
+    is a constant that training adapts. The guidance is the constant `config.guidance_value`.
+    """
+    inputs = {}
+    if config.pooled_width is not None:
+        inputs["pooled_BP"] = torch.zeros(samples, config.pooled_width, device=device)
+    if config.guidance_embedding:
+        inputs["guidance_B"] = torch.full((samples,), config.guidance_value, device=device)
+    return inputs

@@ -6,7 +6,7 @@ how.
                  rank's slice holds whole heads
     Columns      ours side by side are one of theirs: [attention | mlp] -> one matrix
     Permute      one of ours is one of theirs, in another order along one dimension
-    Zero         theirs alone, a layer that ours does not have: all zeros
+    Constant     theirs alone, what ours does not have: zeros, or a norm's weights of one
 
 A table is a tuple of `Row`s: a row is a group of tensors that are made of each other and of nothing else.
 Nothing here wants more than one row's tensors in memory: ask for one tensor, and hand over a function that
@@ -105,19 +105,20 @@ class Permute:
 
 @final
 @dataclass(frozen=True)
-class Zero:
-    """Nothing of ours, all zeros of theirs. The row names one of ours, for dtype and device alone."""
+class Constant:
+    """Nothing of ours, one value all over theirs. The row names one of ours, for dtype and device alone."""
 
     shape: Shape  # of theirs
+    value: float = 0.0
 
     def their_shapes(self, ours: Sequence[Shape]) -> tuple[Shape, ...]:
         return (self.shape,)
 
     def to_ours(self, index: int, theirs: Sequence[Tensor], ours: Sequence[Shape]) -> Tensor:
-        raise AssertionError("no tensor of ours is made of zeros")
+        raise AssertionError("no tensor of ours is made of a constant")
 
     def to_theirs(self, index: int, ours: Sequence[Tensor]) -> Tensor:
-        return ours[0].new_zeros(self.shape)
+        return ours[0].new_full(self.shape, self.value)
 
 
 @final
@@ -179,7 +180,7 @@ class Table:
     Attributes:
         ours: our names and whole shapes, in the table's order.
         theirs: their names and shapes.
-        zeros: those of theirs that hold nothing of ours; `check_zero` what is read of them.
+        constants: those of theirs that hold nothing of ours, and their value; `check_constant` what is read.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -187,21 +188,20 @@ class Table:
         self._theirs: dict[str, tuple[Row, int]] = {}
         self.ours: dict[str, Shape] = {}
         self.theirs: dict[str, Shape] = {}
-        zeros = []
+        self.constants: dict[str, float] = {}
         for row in rows:
-            if isinstance(row.relation, Zero):
-                zeros += row.theirs
+            if isinstance(row.relation, Constant):
+                self.constants.update(dict.fromkeys(row.theirs, row.relation.value))
             else:
                 _add(self._ours, self.ours, row, row.ours, row.shapes)
             _add(self._theirs, self.theirs, row, row.theirs, row.relation.their_shapes(row.shapes))
-        self.zeros = tuple(zeros)
 
     def needs_theirs(self, name: str) -> list[str]:
         """Those of theirs that our tensor `name` is made of."""
         return list(_find(self._ours, name, "our")[0].theirs)
 
     def needs_ours(self, name: str) -> list[str]:
-        """Those of ours that their tensor `name` is made of (of a zero: one that lends dtype and device)."""
+        """Those of ours that their tensor `name` is made of (a constant: one that lends its dtype)."""
         return list(_find(self._theirs, name, "their")[0].ours)
 
     def to_ours(self, name: str, get: Get) -> Tensor:
@@ -240,17 +240,17 @@ class Table:
             )
         return tensor.chunk(tp_size, dim)[tp_rank]
 
-    def check_zero(self, name: str, tensor: Tensor) -> None:
+    def check_constant(self, name: str, tensor: Tensor) -> None:
         """Refuse weights of theirs that ours has no place for.
 
         Raises:
-            ValueError: `name` is one of `zeros`, and the tensor is not zero.
+            ValueError: `name` is one of `constants`, and the tensor has another value somewhere.
         """
         _check_shape(name, tensor, self.theirs)
-        if name in self.zeros and tensor.count_nonzero():
+        if name in self.constants and (tensor != self.constants[name]).any():
             raise ValueError(
-                f"{name} is not zero, but the model it is read into has no such layer. The folder's "
-                "config.json and its weights do not belong together; export it again."
+                f"{name} is not {self.constants[name]:g} all over, but the model it is read into has no such "
+                "weight. The folder's config.json and its weights do not belong together; export it again."
             )
 
 

@@ -4,14 +4,14 @@
     their_config(config)     config.json of the stock class
     our_config(theirs)       back
 
-One file a family holds its rows: `names_flux`.
+One file a family holds its rows: `names_flux`, `names_z_image`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from iomm.checkpoint import names_flux
+from iomm.checkpoint import names_flux, names_z_image
 from iomm.checkpoint.name_table import Row, Table
 from iomm.config import GeneratorConfig
 
@@ -28,6 +28,9 @@ class Family:
 
 FAMILIES = {  # by `GeneratorConfig.family`
     "flux": Family(names_flux.THEIR_CLASS, names_flux.rows, names_flux.their_config, names_flux.our_config),
+    "z_image": Family(
+        names_z_image.THEIR_CLASS, names_z_image.rows, names_z_image.their_config, names_z_image.our_config
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from iomm.checkpoint.name_table import Columns, Interleave, Row, Zero, blocks, linear, vector
+from iomm.checkpoint.name_table import Columns, Constant, Interleave, Row, blocks, linear, vector
 from iomm.config import GeneratorConfig
 
 THEIR_CLASS = "FluxTransformer2DModel"
@@ -68,10 +68,10 @@ def _pooled(d: int, width: int) -> tuple[Row, ...]:
 def _no_pooled(d: int) -> tuple[Row, ...]:
     theirs, lender, shape = "time_text_embed.text_embedder", ("time.first.bias",), ((d,),)
     return (
-        Row(lender, (f"{theirs}.linear_1.weight",), shape, Zero((d, NO_POOLED_WIDTH))),
-        Row(lender, (f"{theirs}.linear_1.bias",), shape, Zero((d,))),
-        Row(lender, (f"{theirs}.linear_2.weight",), shape, Zero((d, d))),
-        Row(lender, (f"{theirs}.linear_2.bias",), shape, Zero((d,))),
+        Row(lender, (f"{theirs}.linear_1.weight",), shape, Constant((d, NO_POOLED_WIDTH))),
+        Row(lender, (f"{theirs}.linear_1.bias",), shape, Constant((d,))),
+        Row(lender, (f"{theirs}.linear_2.weight",), shape, Constant((d, d))),
+        Row(lender, (f"{theirs}.linear_2.bias",), shape, Constant((d,))),
     )
 
 

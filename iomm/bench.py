@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from iomm.conditioning.conditioner import Conditioner
-from iomm.conditioning.mllm import FrozenMllm, Prefix
+from iomm.conditioning.mllm import FrozenMllm, Prefix, open_mllm
 from iomm.conditioning.random_mllm import save_random_internvl
 from iomm.config import ConditionConfig, ConnectorConfig, MllmConfig
 
@@ -36,7 +36,7 @@ def bench_prefix(width: int, layers: int, batch: int, repeats: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         save_random_internvl(Path(folder), width=width, layers=layers, image_tokens=PATCH_TOKENS)
-        mllm = FrozenMllm(MllmConfig(path=folder), torch.float32, device)
+        mllm = open_mllm(MllmConfig(path=folder), torch.float32, device)
     prefix = _prefix(mllm, batch)
     passes = {name: _pass(mllm, prefix, split) for name, split in (("naive", False), ("split", True))}
     for run in passes.values():
@@ -81,9 +81,9 @@ def _prefix(mllm: FrozenMllm, batch: int) -> Prefix:
     rows = TEXT_TOKENS + PATCH_TOKENS
     torch.manual_seed(0)
     c_BPD = torch.randn(batch, rows, mllm.width, device=mllm.device)
-    position_BP = torch.arange(rows, device=mllm.device).expand(batch, -1)
+    position_BPA = torch.arange(rows, device=mllm.device)[:, None].expand(batch, -1, -1)
     attend_BP = torch.ones(batch, rows, dtype=torch.bool, device=mllm.device)
-    return Prefix(c_BPD, attend_BP, position_BP, attend_BP.sum(1))
+    return Prefix(c_BPD, attend_BP, position_BPA, attend_BP.sum(1))
 
 
 def _pass(mllm: FrozenMllm, prefix: Prefix, split: bool) -> Callable[[], None]:

@@ -4,7 +4,8 @@ them.
     Encoders  frozen: autoencoder, MLLM, feature cache                       never in a checkpoint
     System    trained: conditioner (adapter, connector) and generator         the checkpoint's weights
 
-B samples, L latent tokens of C numbers, N patch tokens of D channels, T condition tokens of E channels.
+B samples, L latent tokens of C numbers, N patch tokens of F numbers (deepstack features included), T
+condition tokens of E channels.
 """
 
 import hashlib
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from iomm.autoencoder import LatentCodec
+from iomm.autoencoder import open_codec
 from iomm.conditioning.conditioner import Conditioner
-from iomm.conditioning.mllm import FrozenMllm, Prefix
+from iomm.conditioning.mllm import FrozenMllm, Prefix, open_mllm
 from iomm.conditioning.prompts import PrefixBuilder
 from iomm.config import Config, FlowConfig
 from iomm.data.cache import FeatureCache
@@ -41,7 +42,7 @@ class Encoded:
 
     batch: Batch
     latent_BLC: Tensor  # clean, normalised
-    patches_BND: Tensor  # the MLLM's patch tokens, before masking
+    patches_BNF: Tensor  # the MLLM's patch tokens, before masking
 
 
 class Encoders:
@@ -51,8 +52,8 @@ class Encoders:
         dtype = DTYPES[config.train.precision]
         # The autoencoder stays in fp32 (fp64): in bf16 its latents lose detail, and it is a few percent of a
         # step.
-        self.codec = LatentCodec(config.codec, torch.promote_types(dtype, torch.float32), device)
-        self.mllm = FrozenMllm(config.mllm, dtype, device)
+        self.codec = open_codec(config.codec, torch.promote_types(dtype, torch.float32), device)
+        self.mllm = open_mllm(config.mllm, dtype, device)
         self.prefixes = PrefixBuilder(self.mllm, config.condition)
         self.grid = self.codec.grid(config.data.image_px)
         if self.codec.token_channels != config.generator.token_channels:
@@ -145,7 +146,7 @@ def training_loss(
         system: the `System`, or a wrapper with the same forward.
     """
     index_B = item.batch.index_B
-    prefix = encoders.prefixes.for_training(item.batch.captions, item.patches_BND, seed, index_B)
+    prefix = encoders.prefixes.for_training(item.batch.captions, item.patches_BNF, seed, index_B)
     noise = encoders.noise(seed, Stream.NOISE, index_B)
     t_B = training_timesteps(flow, seed, index_B.to(noise.device))
     return system(encoders.mllm, prefix, item.latent_BLC, noise, t_B)
@@ -219,9 +220,9 @@ def reconstruct(
         image_BCHW: uint8 RGB.
         keep_BN: True where a patch token is kept; all False is the null condition.
     """
-    builder, patches_BND = encoders.prefixes, encoders.mllm.vision(image_BCHW)
-    prefix = builder.for_images(patches_BND, keep_BN)
-    null = builder.for_images(patches_BND, torch.zeros_like(keep_BN))
+    builder, patches_BNF = encoders.prefixes, encoders.mllm.vision(image_BCHW)
+    prefix = builder.for_images(patches_BNF, keep_BN)
+    null = builder.for_images(patches_BNF, torch.zeros_like(keep_BN))
     noise = encoders.noise(seed, Stream.SAMPLE, torch.arange(len(image_BCHW)))
     out = generate(system, encoders, prefix, null, noise, steps=steps, guidance=guidance, method=method)
     return encoders.codec.decode(out.x_BLC)

@@ -5,11 +5,16 @@ The LM is causal and the queries stand last, so the prefix's states do not depen
 The prefix runs once under `no_grad` and leaves its keys and values; only the Q query rows run with gradients
 against them. Outputs and gradients equal the naive full pass (`full`), which is kept for the comparison.
 
-B samples, N patch tokens of an image, P prefix positions, Q queries, D channels.
+`open_mllm` loads InternVL, Qwen2.5-VL or Qwen3-VL. What they do with an image differs and is `vision.py`'s;
+everything else is the same for all.
+
+B samples, N patch tokens of an image, P prefix positions, Q queries, D channels, F = D (1 + S) numbers of a
+patch token with its S deepstack features, A rotary axes.
 """
 
 import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from iomm.conditioning.vision import InternVLVision, QwenVision, Vision
 from iomm.config import MllmConfig
+
+# By the `model_type` of config.json.
+VISION: dict[str, Callable[[Any, int | None, Mapping[str, Any]], Vision]] = {
+    "internvl": InternVLVision,
+    "qwen2_5_vl": QwenVision,
+    "qwen3_vl": QwenVision,
+}
+EXAMPLE = "OpenGVLab/InternVL3-2B-hf"
 
 
 @dataclass(frozen=True)
@@ -28,11 +42,16 @@ class Prefix:
 
     c_BPD: Tensor
     attend_BP: Tensor  # bool, True where a position counts
-    position_BP: Tensor  # rotary position of each token
+    position_BPA: Tensor  # rotary position of each token
     length_B: Tensor  # where the queries' positions begin
+    deepstack_BPF: Tensor | None = (
+        None  # F = S D: added behind the first S layers; 0 at text; None: nothing is
+    )
 
     def query_positions(self, queries: int) -> Tensor:
-        return self.length_B[:, None] + torch.arange(queries, device=self.length_B.device)
+        """(B, Q, A): one after the other, the same on all axes."""
+        position_BQ = self.length_B[:, None] + torch.arange(queries, device=self.length_B.device)
+        return position_BQ[..., None].expand(-1, -1, self.position_BPA.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -46,46 +65,33 @@ class EncodedPrefix:
 
 
 class FrozenMllm:
-    """InternVL in the transformers layout (`InternVLForConditionalGeneration`). Never trained, never in a
-    checkpoint of ours.
+    """A multimodal LLM of the transformers library. Never trained, never in a checkpoint of ours.
 
     Args:
-        config: where it lies.
-        dtype: of weights and states.
+        model: `...ForConditionalGeneration` of one of the types in `VISION`, on its device.
+        tokenizer: of the same folder.
+        preprocessing: the image processor's settings.
+        config: limits.
     Raises:
-        FileNotFoundError: nothing at `config.path`.
-        ValueError: another architecture.
+        ValueError: an image size that the model does not take.
     """
 
-    def __init__(self, config: MllmConfig, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration
-        from transformers.image_processing_base import ImageProcessingMixin
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # one bar a rank would bury the run's own
-        where = _existing(config)
-        kind = AutoConfig.from_pretrained(where, revision=config.revision).model_type
-        if kind != "internvl":
-            raise ValueError(
-                f"the MLLM at {where} is of type {kind!r}; this version takes 'internvl'. Set "
-                "mllm.path to an InternVL folder."
-            )
-        loader: Any = InternVLForConditionalGeneration
-        model = loader.from_pretrained(where, revision=config.revision, dtype=dtype)
-        self.model: Any = model.to(device).eval().requires_grad_(False)
-        self.lm: Any = self.model.model.language_model
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(where, revision=config.revision)
+    def __init__(
+        self, model: Any, tokenizer: Any, preprocessing: Mapping[str, Any], config: MllmConfig
+    ) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.lm: Any = model.model.language_model
+        self.tokenizer: Any = tokenizer
         self.max_caption_tokens = config.max_caption_tokens
-        self.dtype, self.device = dtype, device
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         self.width: int = self.lm.config.hidden_size
-        vision = self.model.config.vision_config
-        self.image_px: int = vision.image_size[0]
-        self.image_tokens = int(
-            (vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio) ** 2
-        )
-        preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(where)
+        self.eye = VISION[model.config.model_type](model.model, config.image_px, preprocessing)
+        self.image_px, self.image_tokens = self.eye.image_px, self.eye.tokens
+        # How far an image moves on what follows it: past its last patch, the largest position on every axis.
+        self.image_span = int(self.eye.offset_NA[-1].max()) + 1
         self.mean, self.std = (
-            torch.tensor(preprocessing[k], device=device).view(3, 1, 1)
+            torch.tensor(preprocessing[k], device=self.device).view(3, 1, 1)
             for k in ("image_mean", "image_std")
         )
 
@@ -113,15 +119,29 @@ class FrozenMllm:
 
     @torch.no_grad()
     def vision(self, image_BCHW: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) of uint8 RGB images of any size, resized to the MLLM's with antialiasing."""
+        """Patch tokens (B, N, F) of uint8 RGB images of any size, resized to the MLLM's with antialiasing."""
         x = image_BCHW.to(self.device, torch.promote_types(self.dtype, torch.float32)) / 255
         if x.shape[-2:] != (self.image_px, self.image_px):
             x = functional.interpolate(
                 x, (self.image_px, self.image_px), mode="bicubic", antialias=True
             ).clamp(0, 1)
-        return self.model.model.get_image_features(
-            pixel_values=((x - self.mean) / self.std).to(self.dtype)
-        ).pooler_output
+        return self.eye(((x - self.mean) / self.std).to(self.dtype))
+
+    def positions(self, text_slots: int, count_B: Tensor, image_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rotary positions of rows [text slots | patch slots].
+
+        Args:
+            count_B: text tokens of each row; its image follows them without a gap.
+            image_B: which rows have an image; None: there are no patch slots.
+        Returns:
+            position_BPA, and where the positions of the queries begin, (B,).
+        """
+        axes = self.eye.offset_NA.shape[-1]
+        text_BPA = torch.arange(text_slots, device=self.device)[:, None].expand(len(count_B), -1, axes)
+        if image_B is None:
+            return text_BPA, count_B
+        patch_BNA = count_B[:, None, None] + self.eye.offset_NA
+        return torch.cat((text_BPA, patch_BNA), dim=1), count_B + self.image_span * image_B
 
     @torch.no_grad()
     def encode_prefix(self, prefix: Prefix) -> EncodedPrefix:
@@ -132,9 +152,10 @@ class FrozenMllm:
         out = self.lm(
             inputs_embeds=prefix.c_BPD,
             attention_mask=prefix.attend_BP.long(),
-            position_ids=prefix.position_BP,
+            position_ids=_position_ids(prefix.position_BPA),
             past_key_values=cache,
             use_cache=True,
+            **self._deepstack(prefix, 0),
         )
         return EncodedPrefix(
             prefix, tuple((layer.keys, layer.values) for layer in cache.layers), out.last_hidden_state
@@ -152,7 +173,7 @@ class FrozenMllm:
         return self.lm(
             inputs_embeds=q_BQD.to(self.dtype),
             attention_mask=functional.pad(prefix.attend_BP, (0, queries), value=True).long(),
-            position_ids=prefix.query_positions(queries),
+            position_ids=_position_ids(prefix.query_positions(queries)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -160,33 +181,84 @@ class FrozenMllm:
     def full(self, q_BQD: Tensor, prefix: Prefix) -> Tensor:
         """The naive pass over [prefix | queries] with gradients: states (B, P + Q, D)."""
         queries = q_BQD.shape[1]
+        position_BPA = torch.cat((prefix.position_BPA, prefix.query_positions(queries)), dim=1)
         return self.lm(
             inputs_embeds=torch.cat((prefix.c_BPD, q_BQD.to(self.dtype)), dim=1),
             attention_mask=functional.pad(prefix.attend_BP, (0, queries), value=True).long(),
-            position_ids=torch.cat((prefix.position_BP, prefix.query_positions(queries)), dim=1),
+            position_ids=_position_ids(position_BPA),
             use_cache=False,
+            **self._deepstack(prefix, queries),
         ).last_hidden_state
+
+    def _deepstack(self, prefix: Prefix, queries: int) -> dict[str, Any]:
+        """Arguments that add the deepstack features to the prefix rows. Every prefix row is named, text rows
+        with zeros, so that the shapes do not depend on the data."""
+        if prefix.deepstack_BPF is None:
+            return {}
+        rows = prefix.deepstack_BPF.flatten(0, 1).unflatten(-1, (-1, self.width))
+        prefix_BP = torch.ones_like(prefix.attend_BP)
+        return {
+            "visual_pos_masks": functional.pad(prefix_BP, (0, queries), value=False),
+            "deepstack_visual_embeds": list(rows.unbind(1)),
+        }
 
     def vision_identity(self) -> str:
         """Hash of everything `vision` depends on; keys the feature cache."""
         digest = hashlib.sha256(
             f"{self.image_px} {self.mean.flatten()} {self.std.flatten()} {self.dtype}".encode()
         )
-        for part in (self.model.model.vision_tower, self.model.model.multi_modal_projector):
+        for part in self.eye.parts:
             for name, tensor in part.state_dict().items():
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 
-def _existing(config: MllmConfig) -> str:
-    """`config.path`, checked when it looks like a folder."""
-    path = Path(config.path)
-    local = path.is_absolute() or config.path.startswith(".") or config.path.count("/") > 1
+def open_mllm(config: MllmConfig, dtype: torch.dtype, device: torch.device) -> FrozenMllm:
+    """Load the MLLM at `config.path`, a folder in the Hugging Face layout or a hub name.
+
+    Args:
+        dtype: of weights and states.
+    Raises:
+        FileNotFoundError: nothing there, or no weights in safetensors; the message says what to download and
+            where to put it.
+        ValueError: another architecture, or an image size that the model does not take.
+    """
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one bar a rank would bury the run's own
+    path, revision = Path(config.path), config.revision
+    local = path.is_dir() or path.is_absolute() or config.path.startswith(".") or config.path.count("/") > 1
     if local and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no MLLM at {config.path}: {path / 'config.json'} is missing. Put a folder in the "
-            "Hugging Face layout there, or set "
-            "mllm.path to one (for instance a download of OpenGVLab/InternVL3-2B-hf)."
-        )
-    return config.path
+        raise _missing(config, f"{path / 'config.json'} is missing")
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(config.path, revision=revision)
+        kind = settings.get("model_type")
+        if kind not in VISION:
+            raise ValueError(
+                f"the MLLM at {config.path} is of type {kind!r}; known are {', '.join(VISION)}. "
+                f"Set mllm.path to one of these (for instance {EXAMPLE})."
+            )
+        loader: Any = AutoModelForImageTextToText
+        model = loader.from_pretrained(config.path, revision=revision, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=revision)
+        preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(config.path, revision=revision)
+    except OSError as error:
+        raise _missing(config, str(error).strip().splitlines()[0]) from error
+    return FrozenMllm(model.to(device), tokenizer, preprocessing, config)
+
+
+def _missing(config: MllmConfig, what: str) -> FileNotFoundError:
+    hub_name = config.path.count("/") == 1 and not config.path.startswith((".", "/"))
+    name, folder = (config.path, "DIR") if hub_name else (EXAMPLE, config.path)
+    return FileNotFoundError(
+        f"no MLLM at {config.path}: {what}. Download one where there is a network "
+        f"(`hf download {name} --local-dir {folder}`) and set mllm.path={folder}."
+    )
+
+
+def _position_ids(position_BPA: Tensor) -> Tensor:
+    """As transformers wants them: (B, P) for one axis, (3, B, P) for three."""
+    return position_BPA[..., 0] if position_BPA.shape[-1] == 1 else position_BPA.permute(2, 0, 1)

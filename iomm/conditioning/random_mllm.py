@@ -55,7 +55,7 @@ def save_random_internvl(
     )
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=199, downsample_ratio=0.5)
     InternVLForConditionalGeneration(config).save_pretrained(folder)
-    _save_letter_tokenizer(folder)
+    save_letter_tokenizer(folder)
     preprocessing = {
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
@@ -65,7 +65,8 @@ def save_random_internvl(
     return folder
 
 
-def _save_letter_tokenizer(folder: Path) -> None:
+def save_letter_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of printable ASCII, one letter a token, ids below 127."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

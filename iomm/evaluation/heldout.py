@@ -69,7 +69,7 @@ class Copying:
 def _prefixes(encoders: Encoders, item: Encoded) -> Iterator[tuple[str, Prefix]]:
     builder, batch = encoders.prefixes, item.batch
     keep = keep_tokens(EVAL_SEED, batch.index_B, encoders.mllm.image_tokens, builder.config.mask_ratio)
-    yield "image", builder.for_images(item.patches_BND, keep)
+    yield "image", builder.for_images(item.patches_BNF, keep)
     yield "text", builder.for_text([caption or builder.config.null_prompt for caption in batch.captions])
     yield "null", builder.for_text([builder.config.null_prompt] * len(batch.captions))
 

@@ -1,26 +1,40 @@
-"""The frozen-prefix split against the naive full pass, mask modes, and what the condition depends on."""
+"""The frozen-prefix split against the naive full pass, mask modes, and what the condition depends on; for
+each multimodal LLM."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from iomm.conditioning.conditioner import Conditioner
-from iomm.conditioning.mllm import FrozenMllm
+from iomm.conditioning.mllm import open_mllm
 from iomm.conditioning.prompts import PrefixBuilder
 from iomm.config import ConditionConfig, ConnectorConfig, MllmConfig
-from tests.tiny_models import save_internvl
+from tests.tiny_models import MLLMS
 
 AUX, NULL = "the same as:", "an image."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_internvl(tmp_path_factory.mktemp("mllm"))
+@pytest.fixture(scope="module", params=MLLMS)
+def folder(request, tmp_path_factory):
+    return MLLMS[request.param](tmp_path_factory.mktemp("mllm"))
+
+
+@functools.cache
+def opened(folder, dtype):
+    return open_mllm(MllmConfig(path=str(folder), max_caption_tokens=64), dtype, torch.device("cpu"))
+
+
+def random_patches(mllm, count):
+    """Patch tokens, deepstack features included."""
+    numbers = mllm.vision(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[-1]
+    torch.manual_seed(2)
+    return torch.randn(count, mllm.image_tokens, numbers, dtype=mllm.dtype)
 
 
 def setup(folder, dtype=torch.float64, **settings):
-    mllm = FrozenMllm(MllmConfig(path=str(folder), max_caption_tokens=64), dtype, torch.device("cpu"))
+    mllm = opened(folder, dtype)
     config = ConditionConfig(
         queries=6,
         adapter_heads=4,
@@ -38,8 +52,7 @@ def setup(folder, dtype=torch.float64, **settings):
 
 
 def prefix(mllm, conditioner, captions):
-    torch.manual_seed(2)
-    patches = torch.randn(len(captions), mllm.image_tokens, mllm.width, dtype=mllm.dtype)
+    patches = random_patches(mllm, len(captions))
     builder = PrefixBuilder(mllm, conditioner.config)
     return builder.for_training(captions, patches, seed=3, index_B=torch.arange(len(captions)))
 
@@ -108,8 +121,7 @@ def test_a_samples_condition_does_not_depend_on_its_batch(folder, mode):
     captions = BATCHES["mixed"]
     together = conditioner(mllm, prefix(mllm, conditioner, captions))[0]
     builder = PrefixBuilder(mllm, conditioner.config)
-    torch.manual_seed(2)
-    patches = torch.randn(len(captions), mllm.image_tokens, mllm.width, dtype=mllm.dtype)
+    patches = random_patches(mllm, len(captions))
     for i, caption in enumerate(captions):
         alone = builder.for_training([caption], patches[i : i + 1], seed=3, index_B=torch.tensor([i]))
         torch.testing.assert_close(conditioner(mllm, alone)[0][0], together[i], rtol=0, atol=1e-10)
@@ -119,8 +131,8 @@ def test_a_samples_condition_does_not_depend_on_its_batch(folder, mode):
 def test_masked_patches_cannot_be_read(folder, mode):
     mllm, conditioner = setup(folder, mask_mode=mode)
     builder = PrefixBuilder(mllm, conditioner.config)
-    keep = torch.tensor([[True, False, False, True]] * 2)
-    patches = torch.randn(2, 4, mllm.width, dtype=mllm.dtype)
+    keep = torch.arange(mllm.image_tokens).expand(2, -1) % 3 == 0
+    patches = random_patches(mllm, 2)
     changed = torch.where(keep[..., None], patches, torch.randn_like(patches))
     a = conditioner(mllm, builder.for_images(patches, keep))[0]
     torch.testing.assert_close(conditioner(mllm, builder.for_images(changed, keep))[0], a, rtol=0, atol=1e-12)
@@ -158,11 +170,11 @@ def test_a_long_caption_is_refused_with_the_limit(folder):
 
 def test_a_missing_mllm_folder_says_what_to_put_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.json is missing.*InternVL3-2B-hf"):
-        FrozenMllm(MllmConfig(path=str(tmp_path / "none")), torch.float32, torch.device("cpu"))
+        open_mllm(MllmConfig(path=str(tmp_path / "none")), torch.float32, torch.device("cpu"))
 
 
 def test_vision_keeps_the_number_and_width_of_tokens_at_any_image_size(folder):
     mllm, _ = setup(folder, torch.float32)
     for side in (16, 40):
         image = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
-        assert mllm.vision(image).shape == (3, 4, 32)
+        assert mllm.vision(image).shape == (3, *random_patches(mllm, 1).shape[1:])

@@ -5,6 +5,7 @@ bytes).
 """
 
 from iomm.config import GeneratorConfig
+from iomm.model.mmdit import SINUSOIDS
 from iomm.model.single_stream import MODULATION_CHANNELS, TIME_HIDDEN, TimeEmbedding, mlp_width, padded
 
 
@@ -25,7 +26,9 @@ def _flux(config: GeneratorConfig, image_tokens: int, condition_tokens: int) -> 
     double = s * per_token + attention + 2 * 2 * 6 * d * d
     single = s * per_token + attention + 2 * 3 * d * d
     ends = 2 * d * (2 * image_tokens * config.token_channels + condition_tokens * config.condition_width)
-    time = 2 * d * (256 + d) + 2 * 2 * d * d
+    time = 2 * d * (SINUSOIDS + d) + 2 * 2 * d * d
+    time += 2 * d * (SINUSOIDS + d) if config.guidance_embedding else 0
+    time += 0 if config.pooled_width is None else 2 * d * (config.pooled_width + d)
     unread = 0 if config.single_blocks else condition_tokens * (2 * (1 + 2 * r) * d * d + 4 * s * d)
     return config.double_blocks * double - unread + config.single_blocks * single + ends + time
 

@@ -9,12 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions
 from iomm.model.flops import generator_forward_flops
+from iomm.model.mmdit import unvaried_inputs
 from tests.model import test_single_stream
 from tests.model.test_mmdit import make
 
 
-@pytest.mark.parametrize(("double", "single"), [(2, 0), (1, 3)])
-def test_formula_equals_the_counted_operators(double, single):
+@pytest.mark.parametrize(
+    ("double", "single", "pooled_width", "guidance"),
+    [(2, 0, None, False), (1, 3, None, False), (1, 1, 96, True)],
+)
+def test_formula_equals_the_counted_operators(double, single, pooled_width, guidance):
     config = GeneratorConfig(
         hidden_size=64,
         heads=2,
@@ -22,14 +26,16 @@ def test_formula_equals_the_counted_operators(double, single):
         single_blocks=single,
         rope_axes=(8, 12, 12),
         condition_width=48,
+        pooled_width=pooled_width,
+        guidance_embedding=guidance,
     )
     with torch.device("meta"):
         model = make(config, torch.float32)
         arguments = (torch.empty(1, 20, 64), torch.empty(1), torch.empty(1, 7, 48), grid_positions(4, 5))
         with FlopCounterMode(display=False) as counter:
-            model(*arguments)
+            model(*arguments, **unvaried_inputs(config, 1, torch.device("meta")))
     formula = generator_forward_flops(config, 20, 7)
-    assert abs(counter.get_total_flops() / formula - 1) < 1e-3
+    assert abs(counter.get_total_flops() / formula - 1) < 1e-4
 
 
 @pytest.mark.parametrize("tokens", [(4, 5, 7), (4, 8, 33)])

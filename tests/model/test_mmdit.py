@@ -9,7 +9,7 @@ from iomm.conditioning.adapter import ResidualQueryAdapter
 from iomm.config import GeneratorConfig, ParallelConfig
 from iomm.flow.path import grid_positions
 from iomm.model.init import initialize
-from iomm.model.mmdit import MMDiT
+from iomm.model.mmdit import MMDiT, unvaried_inputs
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.mesh import start
 from iomm.presets import b, large
@@ -119,6 +119,35 @@ def test_every_trained_parameter_gets_a_gradient(single_blocks):
         name.startswith(tuple(f"double_blocks.1.condition.{part}" for part in unread)) for name in frozen
     )
     assert bool(frozen) == (single_blocks == 0)
+
+
+FLUX_DEV = dataclasses.replace(SMALL, pooled_width=6, guidance_embedding=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (SMALL, {"pooled_BP": torch.zeros(3, 6)}, "pooled_BP is given"),
+        (SMALL, {"guidance_B": torch.ones(3)}, "guidance_B is given"),
+        (FLUX_DEV, {"pooled_BP": torch.zeros(3, 6)}, "guidance_B is missing"),
+        (FLUX_DEV, {"guidance_B": torch.ones(3)}, "pooled_BP is missing.*generator.pooled_width is set"),
+    ],
+)
+def test_an_input_that_the_model_was_not_built_for_or_that_is_missing_is_refused(config, given, message):
+    with pytest.raises(ValueError, match=message):
+        make(config)(*inputs(), **given)
+
+
+def test_inputs_that_no_run_varies_are_constants_of_the_models_that_have_them():
+    assert unvaried_inputs(SMALL, 3, torch.device("cpu")) == {}
+    constants = unvaried_inputs(FLUX_DEV, 3, torch.device("cpu"))
+    assert torch.equal(constants["pooled_BP"], torch.zeros(3, 6))
+    assert torch.equal(constants["guidance_B"], torch.full((3,), 3.5))
+    model = perturbed(make(FLUX_DEV))
+    base = model(*inputs(), **constants)
+    for name in constants:
+        changed = constants | {name: constants[name] + 1}
+        assert (model(*inputs(), **changed) - base).abs().max() > 1e-4
 
 
 def test_initial_weights_depend_on_seed_and_name_only():

@@ -1,0 +1,76 @@
+"""The assembled generator with every frozen part it can stand on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from iomm.data.loader import Batch
+from iomm.parallel.mesh import Mesh
+from iomm.system import Encoders, build, paint, training_loss
+from tests.small_run import IMAGE_PX, small_config
+from tests.tiny_models import MLLMS, save_dc_ae, save_flux2_vae, save_vae
+
+CODECS = {"flux": (save_vae, 2, 64), "flux2": (save_flux2_vae, 2, 16), "dc_ae": (save_dc_ae, 1, 8)}
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen")
+    for name, save in MLLMS.items():
+        save(folder / name)
+    for name, (save, _, _) in CODECS.items():
+        save(folder / name)
+    return folder
+
+
+def config_of(world, frozen, out, mllm, codec, **settings):
+    _, patch, numbers = CODECS[codec]
+    return small_config(
+        world,
+        out,
+        mllm__path=str(frozen / mllm),
+        codec__path=str(frozen / codec),
+        codec__patch=patch,
+        generator__token_channels=numbers,
+        **settings,
+    )
+
+
+def batch() -> Batch:
+    torch.manual_seed(0)
+    return Batch(
+        index_B=torch.arange(3),
+        keys=("a", "b", "c"),
+        captions=(None, "red ball", None),
+        image_BCHW=torch.randint(0, 256, (3, 3, IMAGE_PX, IMAGE_PX), dtype=torch.uint8),
+        hashes=("ha", "hb", "hc"),
+    )
+
+
+@pytest.mark.parametrize("mllm", MLLMS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_mllm_trains_and_paints_with_every_codec(
+    world, frozen, tmp_path, mesh: Mesh, mllm: str, codec: str
+):
+    config = config_of(world, frozen, tmp_path, mllm, codec)
+    encoders = Encoders(config, torch.device("cpu"))
+    system = build(config, encoders, mesh)
+    loss_B = training_loss(system, encoders, encoders.encode(batch()), config.flow, seed=0)
+    assert loss_B.shape == (3,)
+    loss_B.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in system.parameters() if p.grad is not None)
+    assert system.conditioner.adapter is not None
+    assert system.conditioner.adapter.queries.grad is not None
+    pictures = paint(system, encoders, ["red ball"], seed=0, steps=1, guidance=2.0)
+    assert pictures.shape == (1, 3, IMAGE_PX, IMAGE_PX)
+
+
+@pytest.mark.parametrize("mllm", MLLMS)
+def test_cached_patch_tokens_keep_their_deepstack_features(world, frozen, tmp_path, mllm: str):
+    plain = Encoders(config_of(world, frozen, tmp_path, mllm, "flux"), torch.device("cpu")).encode(batch())
+    config = config_of(world, frozen, tmp_path, mllm, "flux", data__cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # encoded, then read back
+        cached = Encoders(config, torch.device("cpu")).encode(batch())
+        torch.testing.assert_close(cached.patches_BNF, plain.patches_BNF, rtol=0, atol=1e-5)
+        torch.testing.assert_close(cached.latent_BLC, plain.latent_BLC, rtol=0, atol=1e-5)

@@ -76,6 +76,24 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write a run's report: one self-contained HTML file")
     report.add_argument("run", type=Path)
 
+    export = add("export", _export, "write a run's generator in the Hugging Face layout")
+    export.add_argument("run", type=Path, help="a run's folder (its newest checkpoint) or one checkpoint")
+    export.add_argument("-o", "--output", type=Path, required=True, help="the new folder")
+    export.add_argument("--raw", action="store_true", help="the weights themselves, not their EMA")
+    export.add_argument(
+        "--dtype", choices=["fp32", "bf16"], help="of the written weights (default: as stored)"
+    )
+
+    import_ = add("import", _import, "FLUX.1, Z-Image or an exported folder -> a checkpoint to train on")
+    import_.add_argument("folder", type=Path, help="a folder in the Hugging Face layout")
+    import_.add_argument("-o", "--output", type=Path, required=True, help="the new run's folder")
+    import_.add_argument(
+        "--config", type=Path, help="the run to train with it; needed for folders that iomm did not export"
+    )
+    import_.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting of --config"
+    )
+
     demo = add("demo", _demo, "both stages on the shipped images, samples, report; no GPU needed")
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the demo's runs (default runs/demo)"
@@ -209,6 +227,28 @@ def _report(arguments: argparse.Namespace) -> int:
     from iomm.evaluation.report import build_report
 
     sys.stdout.write(f"{build_report(arguments.run)}\n")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.hf import export_run
+    from iomm.system import DTYPES
+
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    sys.stdout.write(f"{export_run(arguments.run, arguments.output, ema=not arguments.raw, dtype=dtype)}\n")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.hf import import_folder
+
+    if arguments.set and arguments.config is None:
+        raise UsageError("--set changes a configuration: name one with --config CONFIG.py.")
+    config = None if arguments.config is None else load_config(arguments.config).override(arguments.set)
+    imported = import_folder(arguments.folder, arguments.output, config=config)
+    for note in imported.notes:
+        sys.stdout.write(f"note: {note}\n")
+    sys.stdout.write(f"{imported.checkpoint}\nstart from it with: --set train.init_from={arguments.output}\n")
     return 0
 
 

@@ -260,6 +260,11 @@ def _local_bytes(state: dict[str, Any]) -> int:
 
 def _check_state(info: CheckpointInfo, engine: Engine, config: Config) -> None:
     """Settings that decide what an optimizer checkpoint contains."""
+    if "imported" in info.extra:
+        raise CheckpointError(
+            f"checkpoint {info.path} was imported: it holds weights and no optimizer, so a run cannot go on "
+            f"from it. Start another run from it: --set name=... --set train.init_from={info.path}."
+        )
     ours = config.to_dict()
     for section, key in (("train", "precision"), ("parallel", "distributed_optimizer")):
         saved, own = info.config[section][key], ours[section][key]

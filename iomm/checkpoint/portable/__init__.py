@@ -1,0 +1,1 @@
+"""Files that an exported folder carries. They import torch, transformers and diffusers only, not iomm."""

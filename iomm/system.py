@@ -1,5 +1,5 @@
-"""The whole generator as one thing: frozen encoders, trained conditioner and MM-DiT, and what is done with
-them.
+"""The whole generator as one thing: frozen encoders, trained conditioner and generator, and what is done
+with them.
 
     Encoders  frozen: autoencoder, MLLM, feature cache                       never in a checkpoint
     System    trained: conditioner (adapter, connector) and generator         the checkpoint's weights
@@ -28,12 +28,14 @@ from iomm.flow.path import Prediction, grid_positions, interpolate, to_velocity,
 from iomm.flow.sampler import Guided, Method, Sampled, sample
 from iomm.flow.timesteps import training_timesteps
 from iomm.model.init import initialize
-from iomm.model.mmdit import MMDiT
+from iomm.model.mmdit import MMDiT, unvaried_inputs
+from iomm.model.single_stream import SingleStreamDiT
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream, normal
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+FAMILIES = {"flux": MMDiT, "z_image": SingleStreamDiT}
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,19 @@ class System(nn.Module):
         generator, dtype = config.generator, DTYPES[config.train.precision]
         self.flow = config.flow
         self.predict: Prediction = generator.predict
+        self.generator_config = generator
         self.backend_config = transformer_config(
             generator.hidden_size, generator.heads, dtype, mesh, config.parallel
         )
         self.conditioner = Conditioner(config.condition, mllm_width, generator.condition_width, dtype)
-        self.generator = MMDiT(generator, Layers(self.backend_config, mesh))
+        self.generator = FAMILIES[generator.family](generator, Layers(self.backend_config, mesh))
 
     def velocity(self, x_t_BLC: Tensor, t_B: Tensor, condition: tuple[Tensor, Tensor | None]) -> Tensor:
         """The network's velocity at x_t, whatever it predicts; in the dtype of x_t or fp32, the wider."""
         side = int(x_t_BLC.shape[1] ** 0.5)
         positions_L3 = grid_positions(side, side, x_t_BLC.device)
-        out = self.generator(x_t_BLC, t_B, condition[0], positions_L3, condition[1])
+        constants = unvaried_inputs(self.generator_config, len(t_B), t_B.device)
+        out = self.generator(x_t_BLC, t_B, condition[0], positions_L3, condition[1], **constants)
         return to_velocity(out.to(x_t_BLC.dtype), x_t_BLC, t_B, self.predict, self.flow.min_timestep)
 
     def forward(self, mllm: FrozenMllm, prefix: Prefix, x_BLC: Tensor, z_BLC: Tensor, t_B: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from iomm.checkpoint import sharded
 from iomm.checkpoint.generator import open_generator
-from iomm.presets import b, large
+from iomm.presets import b, large, xl
 from iomm.training import train as loop
 from iomm.training.train import TrainingAborted, train
 from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
@@ -101,12 +101,15 @@ def test_cached_features_give_the_same_curve_and_are_found_again(finished, world
     assert sorted((tmp_path / "cache").rglob("part-*")) == parts
 
 
-@pytest.mark.parametrize("preset", [b, large], ids=["b", "l"])
+@pytest.mark.parametrize("preset", [b, large, xl], ids=["b", "l", "xl"])
 def test_the_big_presets_recipes_train_in_bf16_when_their_shapes_are_shrunk(world, tmp_path, preset):
     small, big = small_config(world, tmp_path), preset("big", ["x.tar"])
     condition = dataclasses.replace(small.condition, mask_ratio=big.condition.mask_ratio)
     train_ = dataclasses.replace(small.train, steps=3, precision=big.train.precision, eval_every_steps=100)
-    generator = dataclasses.replace(small.generator, predict=big.generator.predict)
+    shape = {} if preset is not xl else dict(double_blocks=0, single_blocks=2, refiner_blocks=1)
+    generator = dataclasses.replace(
+        small.generator, family=big.generator.family, predict=big.generator.predict, **shape
+    )
     changes = {"data": small.data, "mllm": small.mllm, "codec": small.codec, "out_dir": small.out_dir}
     config = dataclasses.replace(big, **changes, condition=condition, train=train_, generator=generator)
     train(config)
@@ -114,6 +117,22 @@ def test_the_big_presets_recipes_train_in_bf16_when_their_shapes_are_shrunk(worl
     assert len(losses(config.run_dir)) == 3
     assert all(math.isfinite(loss) for loss in losses(config.run_dir).values())
     assert weights(config.run_dir, ema=config.optimizer.ema_decay is not None)
+
+
+def test_the_single_stream_family_learns_from_conditions_of_different_lengths(world, tmp_path):
+    shape = dict(family="z_image", double_blocks=0, single_blocks=2, refiner_blocks=1)
+    settings = {f"generator__{name}": value for name, value in shape.items()}
+    settings |= {"condition__condition_tokens": "all", "data__mix_ratio": 0.5}  # images and captions mixed
+    settings |= {"train__eval_every_steps": 100, "train__sample_every_steps": 100}
+    still, learning = (
+        small_config(world, tmp_path, name, optimizer__lr=lr, **settings)
+        for name, lr in (("still", 0.0), ("learning", 3e-3))
+    )
+    train(still)
+    train(learning)
+    before, after = (list(losses(config.run_dir).values()) for config in (still, learning))
+    assert after[:1] == before[:1]  # the same samples, noise and timesteps, step by step
+    assert sum(after[-6:]) < 0.9 * sum(before[-6:])
 
 
 def test_stage_two_starts_from_the_averaged_weights_of_stage_one(finished, world, tmp_path):

@@ -21,7 +21,9 @@ from iomm.config import (
 )
 
 
-def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed: int = 0) -> Config:
+def tiny(
+    name: str, examples: Path, *, steps: int, lr: float = 2e-3, mix_ratio: float = 1.0, seed: int = 0
+) -> Config:
     """Six million parameters, 64 px, 16 latent tokens: every step of a cluster's run, on a laptop.
 
     It predicts the clean latent: at this size that learns much sooner than predicting the velocity.
@@ -46,7 +48,7 @@ def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed:
         # Clean prediction weighs the velocity loss by 1 / t^2; t drawn towards noise keeps the weights even.
         flow=FlowConfig(timestep="logit_normal", logit_mean=0.8, logit_std=0.8),
         condition=ConditionConfig(
-            queries=16,
+            queries=8,
             adapter_heads=4,
             mask_ratio=0.5,
             connector=ConnectorConfig(kind="transformer", layers=1, heads=4),
@@ -60,17 +62,17 @@ def tiny(name: str, examples: Path, *, steps: int, mix_ratio: float = 1.0, seed:
             cache_dir="runs/cache",
             decode_threads=1,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=50, schedule="cosine", min_lr=1e-4, ema_decay=0.99),
+        optimizer=OptimizerConfig(lr=lr, warmup_steps=50, schedule="cosine", min_lr=1e-4, ema_decay=0.99),
         train=TrainConfig(
             steps=steps,
             global_batch_images=32,
             micro_batch_images=32,
             seed=seed,
             precision="fp32",
-            save_every_steps=200,
-            eval_every_steps=200,
+            save_every_steps=300,
+            eval_every_steps=300,
             eval_images=96,
-            sample_every_steps=200,
+            sample_every_steps=300,
             log_every_steps=10,
         ),
     )

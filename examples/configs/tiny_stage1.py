@@ -1,5 +1,4 @@
-"""Stage 1 in miniature: images only, each conditioned on its own masked patch tokens. About three minutes on
-two cores."""
+"""Stage 1 in miniature: images only, each conditioned on its own masked patch tokens."""
 
 from pathlib import Path
 
@@ -8,4 +7,4 @@ from iomm.presets import tiny
 
 
 def config() -> Config:
-    return tiny("tiny-stage1", Path(__file__).parents[1], steps=600)
+    return tiny("tiny-stage1", Path(__file__).parents[1], steps=1200)

@@ -213,7 +213,7 @@ def open_codec(config: CodecConfig, dtype: torch.dtype, device: torch.device) ->
             use_safetensors=True,
         )
     except OSError as error:
-        raise _missing(config, str(error).strip().splitlines()[0]) from error
+        raise _missing(config, str(error).strip().splitlines()[0].rstrip(".")) from error
     return LatentCodec(vae.to(device), config)
 
 
@@ -238,6 +238,7 @@ def _missing(config: CodecConfig, what: str) -> FileNotFoundError:
     path = Path(config.path)
     if config.path.count("/") == 1 and not config.path.startswith((".", "/")):
         command, target = f"hf download {config.path} --local-dir DIR", "DIR"
+        what = f"there is no such folder, and as a hub name: {what}"
     else:
         folder = path.parent if path.name == "vae" else path
         command, target = f"hf download {EXAMPLE} --include 'vae/*' --local-dir {folder}", f"{folder}/vae"

@@ -163,6 +163,8 @@ def test_missing_weights_say_in_one_line_what_to_download_and_where_to_put_it(tm
 
 
 def test_a_hub_name_that_cannot_be_had_is_an_error_of_one_line():
-    with pytest.raises(FileNotFoundError, match=r"no autoencoder at nobody/none: ") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"no autoencoder at nobody/none: there is no such folder"
+    ) as error:
         open_codec(CodecConfig(path="nobody/none"), torch.float32, CPU)
     assert "\n" not in str(error.value)

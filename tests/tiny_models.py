@@ -16,6 +16,8 @@ QWEN_TEXT = {
     "num_key_value_heads": 1,
     "vocab_size": 200,
     "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
     "rope_parameters": ROPE,
 }
 QWEN_VISION = {

@@ -246,13 +246,14 @@ def open_mllm(config: MllmConfig, dtype: torch.dtype, device: torch.device) -> F
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=revision)
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(config.path, revision=revision)
     except OSError as error:
-        raise _missing(config, str(error).strip().splitlines()[0]) from error
+        raise _missing(config, str(error).strip().splitlines()[0].rstrip(".")) from error
     return FrozenMllm(model.to(device), tokenizer, preprocessing, config)
 
 
 def _missing(config: MllmConfig, what: str) -> FileNotFoundError:
     hub_name = config.path.count("/") == 1 and not config.path.startswith((".", "/"))
     name, folder = (config.path, "DIR") if hub_name else (EXAMPLE, config.path)
+    what = f"there is no such folder, and as a hub name: {what}" if hub_name else what
     return FileNotFoundError(
         f"no MLLM at {config.path}: {what}. Download one where there is a network "
         f"(`hf download {name} --local-dir {folder}`) and set mllm.path={folder}."

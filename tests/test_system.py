@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from iomm.data.loader import Batch
+from iomm.flow.path import grid_positions
+from iomm.model.init import initialize
 from iomm.parallel.mesh import Mesh
-from iomm.system import Encoders, build, paint, training_loss
+from iomm.system import Encoders, System, build, paint, training_loss
 from tests.small_run import IMAGE_PX, small_config
 from tests.tiny_models import MLLMS, save_dc_ae, save_flux2_vae, save_vae
 
@@ -74,3 +76,19 @@ def test_cached_patch_tokens_keep_their_deepstack_features(world, frozen, tmp_pa
         cached = Encoders(config, torch.device("cpu")).encode(batch())
         torch.testing.assert_close(cached.patches_BNF, plain.patches_BNF, rtol=0, atol=1e-5)
         torch.testing.assert_close(cached.latent_BLC, plain.latent_BLC, rtol=0, atol=1e-5)
+
+
+def test_weights_with_pooled_text_and_guidance_inputs_are_fed_constants(mesh: Mesh, tmp_path: Path) -> None:
+    settings = {"pooled_width": 6, "guidance_embedding": True, "guidance_value": 2.0, "predict": "velocity"}
+    given = {f"generator__{name}": value for name, value in settings.items()}
+    config = small_config(tmp_path, tmp_path, **given)
+    system = System(config, 24, mesh)
+    initialize(system, 0)
+    with torch.no_grad():
+        for parameter in system.generator.parameters():
+            parameter.add_(0.05)  # leaves the zero gates of the start
+    x, t, c = torch.randn(2, 4, config.generator.token_channels), torch.rand(2), torch.randn(2, 3, 24)
+    fed = {"pooled_BP": torch.zeros(2, 6), "guidance_B": torch.full((2,), 2.0)}
+    expected = system.generator(x, t, c, grid_positions(2, 2), **fed)
+    assert expected.abs().max() > 0
+    assert torch.equal(system.velocity(x, t, (c, None)), expected)

@@ -186,7 +186,7 @@ def test_outputs_and_gradients_equal_the_stock_classes_in_fp64(
 def test_the_stock_class_as_it_stands_differs_in_fp64_by_its_fp32_angles_only(name: str) -> None:
     ours, theirs = pair(CONFIGS[name], torch.float64)
     x = draw(CONFIGS[name], 2, (5, 3), 4, torch.float64)
-    assert_close(run_ours(ours, x), run_theirs(theirs, x), 1e-5, "output")
+    assert_close(run_ours(ours, x), run_theirs(theirs, x), 1e-4, "output")  # 7000 rad, in fp32: 4e-4
 
 
 def test_of_a_model_without_pooled_input_the_stock_class_gives_the_same_bits_whatever_it_is_fed() -> None:

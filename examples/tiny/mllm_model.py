@@ -22,16 +22,16 @@ NULL_PROMPT = "Generate an image."
 class MllmTraining:
     """Settings of one run. The defaults are those of the shipped model."""
 
-    steps: int = 2100
-    batch_images: int = 24
-    learning_rate: float = 1.3e-3
+    steps: int = 1000
+    batch_images: int = 32  # all emoji or all scenes, in turn
+    learning_rate: float = 9e-4
     final_learning_rate: float = 2e-5
-    warm_up_steps: int = 120
-    weight_decay: float = 0.05
+    warm_up_steps: int = 50
+    weight_decay: float = 0.1
+    label_smoothing: float = 0.1
+    word_dropout: float = 0.1  # of the caption tokens that are read, zeroed
     clip_norm: float = 1.0
     seed: int = 0
-    first_sample: int = 0  # where in the sample stream the run begins
-    emoji_of_4: int = 2  # of four samples, this many are emoji, the rest shape scenes
     vocabulary: int = 1200
     vision_width: int = 144
     vision_layers: int = 6
@@ -39,7 +39,7 @@ class MllmTraining:
     text_layers: int = 5
     heads: int = 4
     text_weight: float = 0.5
-    align_weight: float = 0.3
+    align_weight: float = 0.5
     align_layer: int = 3
     align_temperature: float = 0.1
     masked_fraction: float = 0.25  # of image sequences, with a mask ratio uniform in 0 to 0.9
@@ -122,10 +122,24 @@ def token_losses(
     states_BSD: torch.Tensor,
     targets_BS: torch.Tensor,
     counted_BS: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy (B, S) in nats of each target token, 0 where `counted_BS` is False."""
-    logits_BVS = model.lm_head(states_BSD).transpose(1, 2)
-    return functional.cross_entropy(logits_BVS, targets_BS, reduction="none") * counted_BS
+    logits_BVS = model.lm_head(states_BSD).float().transpose(1, 2)
+    losses_BS = functional.cross_entropy(
+        logits_BVS, targets_BS, reduction="none", label_smoothing=label_smoothing
+    )
+    return losses_BS * counted_BS
+
+
+def drop_words(
+    words_BSD: torch.Tensor, length_B: torch.Tensor, rate: float, rng: np.random.Generator
+) -> torch.Tensor:
+    """Caption embeddings with a share of the tokens zeroed; the last one, whose state is aligned, stays."""
+    count, width, _ = words_BSD.shape
+    keep_BS = torch.from_numpy(rng.uniform(size=(count, width)) >= rate)
+    keep_BS[torch.arange(count), length_B - 1] = True
+    return words_BSD * keep_BS.unsqueeze(-1)
 
 
 def alignment_loss(
@@ -136,8 +150,8 @@ def alignment_loss(
     Equal captions in a batch are not held against each other.
     """
     similarity_BB = (
-        functional.normalize(image_BD, dim=-1) @ functional.normalize(text_BD, dim=-1).T / temperature
-    )
+        functional.normalize(image_BD.float(), dim=-1) @ functional.normalize(text_BD.float(), dim=-1).T
+    ) / temperature
     equal_BB = (caption_BS[:, None] == caption_BS[None]).all(dim=-1)
     other_BB = equal_BB & ~torch.eye(len(equal_BB), dtype=torch.bool)
     similarity_BB = similarity_BB.masked_fill(other_BB, float("-inf"))
@@ -165,15 +179,15 @@ def losses(
     keep_BP = torch.from_numpy(rng.uniform(size=(count, 16)) >= ratio_B[:, None])
     prefix_BLD = image_prefix(model, batch.pixels_BCHW, prompt_ids, keep_BP)
     start = prefix_BLD.shape[1]
-    words_BSD = model.get_input_embeddings()(caption_BS)
+    words_BSD = drop_words(model.get_input_embeddings()(caption_BS), length_B, settings.word_dropout, rng)
 
     counted_BS = torch.arange(width) <= length_B[:, None]  # the caption and its </s>
     final_BLD, middle_BLD = run_language_model(
         model, torch.cat([prefix_BLD, words_BSD[:, :-1]], dim=1), settings.align_layer
     )
-    image_loss = (
-        token_losses(model, final_BLD[:, start - 1 :], caption_BS, counted_BS).sum() / counted_BS.sum()
-    )
+    smoothing = settings.label_smoothing
+    image_losses_BS = token_losses(model, final_BLD[:, start - 1 :], caption_BS, counted_BS, smoothing)
+    image_loss = image_losses_BS.sum() / counted_BS.sum()
     image_state_BD = middle_BLD[:, start - 1]
 
     null_B = torch.from_numpy(rng.uniform(size=count) < settings.null_fraction)
@@ -181,11 +195,11 @@ def losses(
     if width > len(null_ids):
         text_BS[null_B] = torch.tensor([*null_ids, SPECIAL_IDS["</s>"]] + [0] * (width - len(null_ids) - 1))
         text_length_B[null_B] = len(null_ids)
-    final_BSD, middle_BSD = run_language_model(
-        model, model.get_input_embeddings()(text_BS), settings.align_layer
-    )
+    read_BSD = drop_words(model.get_input_embeddings()(text_BS), text_length_B, settings.word_dropout, rng)
+    final_BSD, middle_BSD = run_language_model(model, read_BSD, settings.align_layer)
     follows_BS = torch.arange(width - 1) < text_length_B[:, None]
-    text_loss = token_losses(model, final_BSD[:, :-1], text_BS[:, 1:], follows_BS).sum() / follows_BS.sum()
+    text_losses_BS = token_losses(model, final_BSD[:, :-1], text_BS[:, 1:], follows_BS, smoothing)
+    text_loss = text_losses_BS.sum() / follows_BS.sum()
     text_state_BD = middle_BSD[torch.arange(count), text_length_B - 1]
     align = alignment_loss(
         image_state_BD[~null_B], text_state_BD[~null_B], caption_BS[~null_B], settings.align_temperature

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,6 +29,7 @@ from examples.tiny.mllm_data import (
     training_texts,
 )
 from examples.tiny.mllm_model import AUX_PROMPTS, NULL_PROMPT, image_prefix, run_language_model, token_losses
+from examples.tiny.mllm_readme import README, commands, trained
 from examples.tiny.mllm_tokenizer import SPECIAL_IDS
 from examples.tiny.shape_scenes import COLOURS, NUMBERS, SHAPES
 
@@ -242,54 +242,6 @@ def figures(mllm: TinyMllm, data: Path, scenes: int) -> str:
     return "\n".join(lines)
 
 
-README = """# The tiny MLLM
-
-A {parameters:.2f} M parameter model in InternVL's layout (transformers `InternVLForConditionalGeneration`:
-ViT, 2x2 pixel shuffle, Qwen2), trained from scratch as a captioner, so that the default run has a real
-frozen MLLM and needs no download. {side_px} px images become 16 visual tokens of width {width}; images are
-scaled to (x / 255 - 0.5) / 0.5 (`preprocessor_config.json`). Weights are stored in fp16. The tokenizer is
-a SentencePiece unigram model of {vocabulary} pieces with byte fallback (`tokenizer.model`, the same model
-as `tokenizer.json`).
-
-{commands}
-    python -m examples.tiny.mllm_report --mllm examples/tiny/mllm     # measures and writes this file
-
-It saw the train shards of `examples/data/fluent_emoji` (augmented) and drawn shape scenes:
-{trained}. Held-out emoji were never read in training; held-out scenes are those whose caption is in
-the tenth that `shape_scenes.is_heldout` keeps back. An alignment loss (InfoNCE between image and caption
-states at the output of language model layer {layer}, no head) stands in for what web-scale pre-training gives
-a real MLLM. All settings: `training.json`.
-
-A held-out emoji is a concept whose name the model has not seen, so its captions are guesses by likeness; what
-carries over shows in retrieval and in the gap between its own image and another. Scenes test composition:
-known words in unseen sentences.
-
-Trained for about forty minutes of a shared core, it sees little detail: colours, numbers and places come long
-before the names of shapes, and it knows most emoji by likeness, not by name. More steps help (`--init`
-goes on from here).
-
-{figures}
-"""
-
-
-def command(run: dict[str, Any], place: int, runs: list[dict[str, Any]]) -> str:
-    """The command of run `place` of the runs that made the model, each continuing the one before."""
-    out = "examples/tiny/mllm" if place == len(runs) - 1 else f"runs/mllm_{place + 1}"
-    line = f"python -m examples.tiny.train_mllm --steps {run['steps']} --seed {run['seed']} --out {out}"
-    if place == 0:
-        return line
-    return (
-        f"{line} \\\n        --init runs/mllm_{place} --learning-rate {run['learning_rate']} "
-        f"--warm-up-steps {run['warm_up_steps']} \\\n"
-        f"        --first-sample {run['first_sample']} --emoji-of-4 {run['emoji_of_4']}"
-    )
-
-
-def amount(run: dict[str, Any]) -> str:
-    """How much a run trained, in words."""
-    return f"{run['steps_done']} steps of {run['batch_images']} images ({run['emoji_of_4']} of 4 emoji)"
-
-
 def main(arguments: list[str]) -> int:
     """Measures and writes the README; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -300,16 +252,13 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     mllm = load_tiny_mllm(options.mllm)
     settings = json.loads((options.mllm / "training.json").read_text())
-    runs = [settings]
-    while runs[0]["before"] is not None:
-        runs.insert(0, runs[0]["before"])
     text = README.format(
         parameters=sum(p.numel() for p in mllm.model.parameters()) / 1e6,
         side_px=SIDE_PX,
         width=mllm.model.lm_head.in_features,
         vocabulary=len(mllm.tokenizer),
-        commands="\n".join("    " + command(run, i, runs) for i, run in enumerate(runs)),
-        trained=", then ".join(map(amount, runs)),
+        commands=commands(settings),
+        trained=trained(settings),
         layer=settings["align_layer"],
         figures=figures(mllm, options.data, options.scenes),
     )

@@ -2,7 +2,8 @@
 
     python -m examples.tiny.train_mllm --out examples/tiny/mllm     (repository root, one CPU core)
 
-A frozen MLLM is where the generator gets its condition, so this one is trained on what it will be shown:
+First the vision side learns to see (`mllm_vision.py`), then all of it learns to caption. A frozen MLLM is
+where the generator gets its condition, so this one is trained on what it will be shown:
 
     image_caption   [ aux prompt | 16 patch tokens ], then the caption is predicted
     text            [ caption ], each token from those before
@@ -13,6 +14,10 @@ The alignment loss has no head of its own: it acts on the hidden states themselv
 web-scale pre-training gives a real MLLM, namely that a picture and its caption put the model in similar
 states. In some image sequences patch tokens are zeroed at random, as stage 1 of the method does, so that
 masked conditions are not foreign.
+
+One train emoji in twenty is set aside (`mllm_data.is_set_aside`): the weights kept are those of the step that
+does best on them and on scenes that were not trained on (with `--keep last`, of the last step). Held-out
+shards are never read here.
 """
 
 import argparse
@@ -22,7 +27,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,11 +37,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
-from examples.tiny.mllm_data import SIDE_PX, Emoji, collate, load_emoji, training_sample, training_texts
+from examples.tiny.mllm_choice import BestStep
+from examples.tiny.mllm_data import (
+    SIDE_PX,
+    Emoji,
+    collate,
+    is_set_aside,
+    load_emoji,
+    training_batch,
+    training_texts,
+)
 from examples.tiny.mllm_model import AUX_PROMPTS, NULL_PROMPT, MllmTraining, build_model, losses
 from examples.tiny.mllm_tokenizer import save_tokenizer, to_fast, train_sentencepiece
+from examples.tiny.mllm_vision import VisionTraining, vision_phase
 
 HERE = Path(__file__).parent
+VISION_STEPS = (1200, 900)  # of the two rounds of the vision phase
+LOOK_EVERY = 100  # steps between looks at what is set aside
 
 
 def learning_rate(settings: MllmTraining, step: int) -> float:
@@ -66,31 +83,27 @@ def train(
     emoji: list[Emoji],
     tokenizer: PreTrainedTokenizerBase,
     on_step: Callable[[int, InternVLForConditionalGeneration, dict[str, float]], bool] | None = None,
-    initial: dict[str, torch.Tensor] | None = None,
+    model: InternVLForConditionalGeneration | None = None,
 ) -> InternVLForConditionalGeneration:
-    """Trains a model, fresh or from `initial` weights, and returns it.
+    """Trains `model` in place, or a fresh one, to caption, and returns it.
 
     `on_step(step, model, losses)` may stop the run by returning True. Deterministic for one thread: data are
-    a function of (seed, sample index), masks and prompts of (seed, step).
-    Raises FloatingPointError when the loss is not finite.
+    a function of (seed, sample index), masks and prompts of (seed, step). Matrix products are in bf16,
+    weights in fp32. Raises FloatingPointError when the loss is not finite.
     """
-    model = build_model(settings, len(tokenizer))
-    if initial is not None:
-        model.load_state_dict(initial)
+    if model is None:
+        model = build_model(settings, len(tokenizer))
     optimizer = build_optimizer(model, settings)
     prompts = [[], *([tokenizer.encode(p, add_special_tokens=False) for p in AUX_PROMPTS])]
     null_ids = tokenizer.encode(NULL_PROMPT, add_special_tokens=False)
     model.train()
+    model.set_attn_implementation("eager")  # the fused one is slower in bf16 at these sizes
     for step in range(settings.steps):
         rng = np.random.default_rng([settings.seed, step, 11])
-        first = settings.first_sample + step * settings.batch_images
-        samples = [
-            training_sample(emoji, settings.seed, first + i, settings.emoji_of_4)
-            for i in range(settings.batch_images)
-        ]
-        batch = collate(samples, tokenizer)
+        batch = collate(training_batch(emoji, settings.seed, step, settings.batch_images), tokenizer)
         prompt_ids = prompts[int(rng.choice(3, p=(0.35, 0.4, 0.25)))]
-        parts = losses(model, batch, prompt_ids, null_ids, settings, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = losses(model, batch, prompt_ids, null_ids, settings, rng)
         loss = (
             parts["image_caption"]
             + settings.text_weight * parts["text"]
@@ -120,12 +133,13 @@ def save_model(
     folder: Path,
     settings: MllmTraining,
     steps_done: int,
+    vision: Sequence[VisionTraining] = (),
     before: dict[str, object] | None = None,
 ) -> None:
     """Writes weights (fp16), config, tokenizer, `preprocessor_config.json` and `training.json` into `folder`.
 
-    `before` is the `training.json` of the run this one continued. All is written beside it first and moved
-    file by file, so a reader never sees a torn file.
+    `vision` are the settings of the first phase's rounds, `before` is the `training.json` of the run this one
+    continued. All is written beside it first and moved file by file, so a reader never sees a torn file.
     """
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
@@ -147,9 +161,12 @@ def save_model(
         "image_std": [0.5, 0.5, 0.5],
     }
     (partial / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    (partial / "training.json").write_text(
-        json.dumps(asdict(settings) | {"steps_done": steps_done, "before": before}, indent=2) + "\n"
-    )
+    phases = {
+        "steps_done": steps_done,
+        "vision": [asdict(v) for v in vision],
+        "before": before,
+    }
+    (partial / "training.json").write_text(json.dumps(asdict(settings) | phases, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(partial.iterdir()):
         file.replace(folder / file.name)
@@ -165,37 +182,90 @@ def train_tokenizer(emoji: list[Emoji], settings: MllmTraining) -> bytes:
 
 def starting_point(
     init: Path | None, emoji: list[Emoji], settings: MllmTraining
-) -> tuple[bytes, dict[str, torch.Tensor] | None, dict[str, object] | None]:
-    """SentencePiece file, weights, `training.json` to start from: those of `init`, or a new tokenizer alone.
+) -> tuple[bytes, InternVLForConditionalGeneration, dict[str, object] | None]:
+    """SentencePiece file, model and `training.json` to start from: those of `init`, or fresh ones.
 
     Raises ValueError when `init` holds no saved model.
     """
     if init is None:
-        return train_tokenizer(emoji, settings), None, None
+        file = train_tokenizer(emoji, settings)
+        return file, build_model(settings, len(to_fast(file))), None
     if not (init / "model.safetensors").is_file():
         raise ValueError(
             f"--init {init} holds no model.safetensors. Give the --out folder of an earlier run."
         )
-    model = InternVLForConditionalGeneration.from_pretrained(init, dtype=torch.float32, local_files_only=True)
-    before = json.loads((init / "training.json").read_text())
-    return (init / "tokenizer.model").read_bytes(), model.state_dict(), before
+    saved = InternVLForConditionalGeneration.from_pretrained(init, dtype=torch.float32, local_files_only=True)
+    model = build_model(settings, saved.config.text_config.vocab_size)
+    model.load_state_dict(saved.state_dict())
+    return (init / "tokenizer.model").read_bytes(), model, json.loads((init / "training.json").read_text())
+
+
+def caption_phase(
+    model: InternVLForConditionalGeneration,
+    emoji: list[Emoji],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MllmTraining,
+    out: Path,
+    minutes: float,
+    keep_best: bool,
+    progress: Progress,
+) -> int:
+    """Trains `model` in place on all emoji but those set aside; it ends with the weights kept.
+
+    Returns that step. Losses go to `out/training_log.jsonl`. Ends early after `minutes` of wall time.
+    """
+    best = BestStep([e for e in emoji if is_set_aside(e.label)], tokenizer, settings)
+    log = out / "training_log.jsonl"
+    log.unlink(missing_ok=True)
+    task = progress.add_task("captions", total=settings.steps)
+    began, average, done = time.monotonic(), dict[str, float](), 0
+
+    def on_step(step: int, model: InternVLForConditionalGeneration, parts: dict[str, float]) -> bool:
+        nonlocal done
+        done = step
+        for name, part in parts.items():
+            average[name] = part if name not in average else 0.98 * average[name] + 0.02 * part
+        told = "  ".join(f"{name} {value:.3f}" for name, value in average.items())
+        progress.update(task, advance=1, description=f"captions {step}  {told}")
+        spent = (time.monotonic() - began) / 60
+        last = step == settings.steps or spent > minutes
+        if step % LOOK_EVERY == 0 or last:
+            row = {"step": step, "minutes": spent} | average | best.look(step, model)
+            with log.open("a") as file:
+                file.write(json.dumps({name: round(value, 4) for name, value in row.items()}) + "\n")
+        return last
+
+    train(settings, [e for e in emoji if not is_set_aside(e.label)], tokenizer, on_step, model)
+    if not keep_best:
+        return done
+    model.load_state_dict(best.weights)
+    return best.step
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=MllmTraining().steps)
+    parser.add_argument("--steps", type=int, default=MllmTraining().steps, help="of the caption phase")
+    parser.add_argument(
+        "--vision-steps", type=int, nargs="+", default=list(VISION_STEPS), help="of each vision round"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=MllmTraining().learning_rate)
-    parser.add_argument("--warm-up-steps", type=int, default=MllmTraining().warm_up_steps)
-    parser.add_argument("--first-sample", type=int, default=0, help="where in the sample stream to begin")
-    parser.add_argument("--emoji-of-4", type=int, default=2, help="of four samples, how many are emoji")
     parser.add_argument(
         "--init", type=Path, help="folder of a saved model to continue from, tokenizer included"
     )
     parser.add_argument(
-        "--minutes", type=float, default=60.0, help="stop after this much wall time and save what there is"
+        "--keep",
+        choices=("best", "last"),
+        default="best",
+        help="step of the caption phase; last where --init has been trained on the emoji set aside",
     )
-    parser.add_argument("--save-every", type=int, default=500, help="steps between intermediate saves")
+    parser.add_argument(
+        "--vision",
+        type=Path,
+        help="safetensors file of the vision phase: read if it exists, else trained and written",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=120.0, help="end the caption phase after this much wall time"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -207,47 +277,34 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Trains, saves to `--out` and reports the losses; returns the exit code."""
+    """Trains both phases and saves to `--out`; returns the exit code."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    settings = MllmTraining(
-        steps=options.steps,
-        seed=options.seed,
-        learning_rate=options.learning_rate,
-        warm_up_steps=options.warm_up_steps,
-        first_sample=options.first_sample,
-        emoji_of_4=options.emoji_of_4,
-    )
+    settings = MllmTraining(steps=options.steps, seed=options.seed)
+    rounds = [
+        VisionTraining(steps=steps, seed=options.seed + i) for i, steps in enumerate(options.vision_steps)
+    ]
     emoji = load_emoji(sorted(options.data.glob("train-*.tar")))
-    sentencepiece_file, initial, before = starting_point(options.init, emoji, settings)
-    console = Console(stderr=True)
-    began, average, done = time.monotonic(), {}, 0
+    sentencepiece_file, model, before = starting_point(options.init, emoji, settings)
+    tokenizer = to_fast(sentencepiece_file)
     options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / "training_log.jsonl"
-    log.unlink(missing_ok=True)
+    console, began = Console(stderr=True), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=settings.steps)
-
-        def on_step(step: int, model: InternVLForConditionalGeneration, parts: dict[str, float]) -> bool:
-            nonlocal done
-            done = step
-            for name, part in parts.items():
-                average[name] = part if name not in average else 0.98 * average[name] + 0.02 * part
-            told = "  ".join(f"{name} {value:.3f}" for name, value in average.items())
-            progress.update(task, advance=1, description=f"step {step}  {told}")
-            minutes = (time.monotonic() - began) / 60
-            if step % 50 == 0:
-                with log.open("a") as file:
-                    rounded = {name: round(value, 4) for name, value in average.items()}
-                    file.write(json.dumps({"step": step, "minutes": round(minutes, 2), **rounded}) + "\n")
-            if step % options.save_every == 0 and step < settings.steps:
-                save_model(model, sentencepiece_file, options.out, settings, step, before)
-            return minutes > options.minutes
-
-        model = train(settings, emoji, to_fast(sentencepiece_file), on_step, initial)
-    save_model(model, sentencepiece_file, options.out, settings, done, before)
-    console.print(f"saved {options.out} after {(time.monotonic() - began) / 60:.1f} minutes")
+        learned = [e for e in emoji if not is_set_aside(e.label)]
+        vision_phase(model, learned, tokenizer, rounds, options.vision, progress)
+        kept = caption_phase(
+            model,
+            emoji,
+            tokenizer,
+            settings,
+            options.out,
+            options.minutes,
+            options.keep == "best",
+            progress,
+        )
+    save_model(model, sentencepiece_file, options.out, settings, kept, rounds, before)
+    console.print(f"saved step {kept} to {options.out} after {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
 
 

@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from examples.tiny.mllm_choice import BestStep
 from examples.tiny.mllm_data import (
     CaptionedImage,
     Emoji,
     background_mask,
     collate,
     heldout_scenes,
+    is_set_aside,
     load_emoji,
     pixels,
+    training_batch,
     training_sample,
 )
 from examples.tiny.mllm_model import (
@@ -38,10 +41,12 @@ from examples.tiny.mllm_report import (
     describe,
     load_tiny_mllm,
     own,
+    retrieval,
     same_words,
     words_right,
 )
-from examples.tiny.shape_scenes import COLOURS, draw_scene, sample_scene
+from examples.tiny.mllm_vision import add_vision, vision_weights
+from examples.tiny.shape_scenes import COLOURS, SHAPES, draw_scene, sample_scene
 from examples.tiny.train_mllm import save_model, starting_point, train
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +162,21 @@ def test_the_loss_falls_in_training() -> None:
     assert np.mean(seen[-5:]) < 0.75 * np.mean(seen[:5])
 
 
+def test_vision_weights_are_taken_over_whole_and_the_language_model_is_left_alone() -> None:
+    seen = build_model(replace(SMALL, seed=7), 1200)
+    model, fresh = build_model(SMALL, 1200), build_model(SMALL, 1200)
+    add_vision(model, vision_weights(seen))
+    for name, tensor in model.state_dict().items():
+        source = seen if "vision_tower" in name or "multi_modal_projector" in name else fresh
+        assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+def test_vision_weights_of_another_size_are_refused() -> None:
+    wide = vision_weights(build_model(replace(SMALL, vision_width=64), 1200))
+    with pytest.raises(ValueError, match="leave --vision out"):
+        add_vision(build_model(SMALL, 1200), wide)
+
+
 def test_training_stops_when_it_is_told_to() -> None:
     steps: list[int] = []
 
@@ -229,25 +249,42 @@ def test_samples_are_a_function_of_seed_and_index_and_alternate_emoji_and_scenes
     assert all(any(caption.startswith(e.label) for caption in epoch) for e in emoji)
 
 
-def test_of_four_samples_as_many_are_emoji_as_asked_and_an_epoch_still_meets_each_once() -> None:
+def test_a_step_sees_emoji_alone_or_scenes_alone_in_turn() -> None:
     emoji = drawn_emoji(6)
     labels = tuple(e.label for e in emoji)
-    captions = [training_sample(emoji, 1, i, emoji_of_4=3).caption for i in range(8)]
-    assert [caption.startswith(labels) for caption in captions] == [True, True, True, False] * 2
-    assert all(any(caption.startswith(label) for caption in captions) for label in labels)
-    with pytest.raises(ValueError, match="emoji_of_4 is 0"):
-        training_sample(emoji, 1, 0, emoji_of_4=0)
+    batches = [[s.caption for s in training_batch(emoji, 1, step, 3)] for step in range(4)]
+    assert [all(c.startswith(labels) for c in captions) for captions in batches] == [True, False, True, False]
+    first_epoch = batches[0] + batches[2]
+    assert all(any(caption.startswith(label) for caption in first_epoch) for label in labels)
+
+
+def test_a_twentieth_of_the_train_labels_is_set_aside() -> None:
+    share = np.mean([is_set_aside(f"label {i}") for i in range(2000)])
+    assert 0.03 < share < 0.07
+
+
+def test_the_best_step_is_the_one_whose_weights_come_back() -> None:
+    emoji, tokenizer = drawn_emoji(4), shipped().tokenizer
+    best = BestStep(emoji, tokenizer, SMALL)
+    model = build_model(SMALL, len(tokenizer))
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    best.look(1, model)
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight.mul_(30)  # surer and wrong
+    best.look(2, model)
+    assert best.step == 1
+    assert all(torch.equal(best.weights[name], good[name]) for name in good)
 
 
 def test_a_run_continues_from_a_saved_model_and_records_what_came_before(tmp_path: Path) -> None:
     model = build_model(SMALL, 1200)
     save_model(model, (SHIPPED / "tokenizer.model").read_bytes(), tmp_path / "first", SMALL, 3)
-    tokenizer_file, weights, before = starting_point(tmp_path / "first", [], SMALL)
+    tokenizer_file, loaded, before = starting_point(tmp_path / "first", [], SMALL)
     assert tokenizer_file == (SHIPPED / "tokenizer.model").read_bytes()
     assert before is not None
     assert before["steps_done"] == 3
     still = replace(SMALL, steps=1, learning_rate=0.0, final_learning_rate=0.0)
-    continued = train(still, drawn_emoji(6), shipped().tokenizer, initial=weights).state_dict()
+    continued = train(still, drawn_emoji(6), shipped().tokenizer, model=loaded).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(continued[name], tensor.half().float(), rtol=0, atol=0)
 
@@ -271,10 +308,18 @@ def test_the_shipped_model_captions_heldout_pictures_better_than_a_blank_one(wha
     assert caption_loss(shipped(), samples, own) < caption_loss(shipped(), samples, blank)
 
 
-def test_the_shipped_model_names_the_colours_of_most_heldout_scenes() -> None:
-    samples = heldout_scenes(32, seed=6)
-    said = describe(shipped(), [s.image for s in samples])
-    assert words_right(said, [s.caption for s in samples], tuple(COLOURS)) > 0.5
+def test_the_shipped_model_names_the_colours_of_most_heldout_scenes_and_more_shapes_than_chance() -> None:
+    samples = heldout_scenes(64, seed=6)
+    said, meant = describe(shipped(), [s.image for s in samples]), [s.caption for s in samples]
+    assert words_right(said, meant, tuple(COLOURS)) > 0.75
+    assert words_right(said, meant, tuple(SHAPES)) > 0.08  # two of eight shapes a scene: chance is about 0.05
+
+
+def test_the_shipped_model_finds_the_image_of_a_heldout_caption_and_the_caption_of_an_image() -> None:
+    for samples, least in ((heldout_scenes(64, seed=7), 0.6), (heldout_emoji(), 0.03)):
+        recalls = retrieval(shipped(), samples)
+        assert recalls["image to caption @1"] > least
+        assert recalls["caption to image @1"] > least
 
 
 def test_words_are_right_whatever_their_order_and_number() -> None:

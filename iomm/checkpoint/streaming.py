@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -56,10 +57,15 @@ class Spec:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without torch's notice that one process does this: that is what is meant."""
+    """Without torch's notice that one process does this, which is what is meant; and an error as it was
+    raised, not wrapped for a gathering of ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+        try:
+            yield
+        except CheckpointException as gathered:
+            error, _ = next(iter(gathered.failures.values()))
+            raise error from None
 
 
 class _Reader(FileSystemReader):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -180,6 +181,26 @@ def test_outputs_and_all_gradients_equal_diffusers(case, dtype):
     table, by_name = family_table(CONFIG), dict(zip(their_weights, their_grads[2:], strict=True))
     for name, own in zip(our_weights, our_grads[2:], strict=True):
         assert_near(own, table.to_ours(name, by_name.__getitem__), name)
+
+
+@pytest.mark.multi
+def test_the_stock_classes_weights_make_the_same_model_on_two_tensor_parallel_ranks(torchrun, tmp_path):
+    theirs, case = stock(dtype=torch.float64), CASES[4]
+    x, t, condition, attend, direction = inputs(case)
+    weights = dict(theirs.named_parameters())
+    with in_fp64():
+        output = run_theirs(theirs, case, x, t, condition, attend)
+        gradients = torch.autograd.grad((output * direction).sum(), list(weights.values()))
+    given = {
+        "config": dataclasses.asdict(CONFIG),
+        "weights": theirs.state_dict(),
+        "inputs": (x.detach(), t, condition.detach(), grid_positions(case.rows, case.columns), attend),
+        "output": output.detach(),
+        "direction": direction,
+        "gradients": dict(zip(weights, gradients, strict=True)),
+    }
+    torch.save(given, tmp_path / "stock.pt")
+    torchrun(Path(__file__).parent / "ranks_z_image.py", tmp_path / "stock.pt")
 
 
 def test_parameter_free_norms_are_weights_of_one_in_the_stock_class():

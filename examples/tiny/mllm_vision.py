@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
 from examples.tiny.mllm_data import SIDE_PX, Emoji, pixels, single_emoji
+from examples.tiny.mllm_model import image_prefix
 from examples.tiny.shape_scenes import COLOURS, SHAPES, Scene, draw_scene, sample_scene
 
 CELLS = 4  # visual tokens along one side
@@ -166,7 +167,7 @@ def pretrain_vision(
     Raises FloatingPointError when the loss is not finite.
     """
     torch.manual_seed(settings.seed)
-    heads = VisionHeads(model.config.text_config.hidden_size, len(emoji), len(tokenizer))
+    heads = VisionHeads(model.lm_head.in_features, len(emoji), len(tokenizer))
     seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     parameters = [*seeing, *heads.parameters()]
     optimizer = torch.optim.AdamW(
@@ -182,7 +183,7 @@ def pretrain_vision(
         pictures = [draw_scene(scene, SIDE_PX) for scene in scenes]
         pictures += [single_emoji(emoji[int(i)], rng).image for i in which]
         with torch.autocast("cpu", torch.bfloat16):
-            tokens_BPD = model.model.get_image_features(pixels(pictures)).pooler_output
+            tokens_BPD = image_prefix(model, pixels(pictures), [])
             parts = heads.scene_losses(tokens_BPD[: len(scenes)], cell_targets(scenes))
             parts |= heads.emoji_losses(tokens_BPD[len(scenes) :], torch.from_numpy(which), mixture_NV[which])
         loss = 2 * parts["shape"] + parts["colour"] + parts["centres"] + 2 * parts["cover"]

@@ -148,7 +148,14 @@ def _frozen_parts(config: Config, codec: LatentCodec, new: Path) -> None:
 
 def _local(path: str) -> Path | None:
     """The folder of a frozen model; None: `path` is a hub name."""
-    return Path(path) if Path(path).is_dir() else None
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise FileNotFoundError(
+            f"{path} is no folder, but the run was trained with the model in it, and the export carries a "
+            "copy. Put it back there."
+        )
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -59,11 +59,24 @@ def exported(runs, tmp_path_factory):
     return {name: export_run(run, folder / name) for name, run in runs.items()}
 
 
+def refer_to_mllm(exported: Path, folder: Path) -> Path:
+    """A copy that names its MLLM, as that of a run with a hub name does."""
+    target = folder / "referring"
+    shutil.copytree(exported, target)
+    (target / "text_encoder").rename(folder / "elsewhere")
+    index = json.loads((target / "model_index.json").read_text())
+    source = {"name": str(folder / "elsewhere"), "revision": None}
+    index |= {"text_encoder": [None, None], "text_encoder_source": source}
+    (target / "model_index.json").write_text(json.dumps(index))
+    return target
+
+
 @pytest.fixture(scope="module")
 def painted(exported, tmp_path_factory):
     """What a process without iomm paints with the exported folders."""
     folder = tmp_path_factory.mktemp("painted")
-    arguments = (json.dumps(PROMPTS), json.dumps([str(f) for f in exported.values()]), folder / "out.pt")
+    folders = [str(f) for f in (*exported.values(), refer_to_mllm(exported["trained"], folder))]
+    arguments = (json.dumps(PROMPTS), json.dumps(folders), folder / "out.pt")
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("paint_exported.py"), *map(str, arguments)],
         env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": ""},
@@ -87,6 +100,12 @@ def test_a_process_without_iomm_paints_the_same_pictures(runs, exported, painted
     assert (theirs["latents"] - ours).abs().max() <= 1e-4 * ours.abs().max()
     pictures = paint(system, encoders, PROMPTS, seed=3, steps=3, guidance=3.0).permute(0, 2, 3, 1)
     assert (theirs["pictures"].int() - pictures.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_a_folder_may_refer_to_its_mllm_by_name(exported, painted):
+    (referring,) = (v for k, v in painted.items() if Path(k).name == "referring")
+    assert torch.equal(referring["latents"], painted[str(exported["trained"])]["latents"])
 
 
 def test_the_transformer_loads_with_the_stock_class_and_no_remote_code(exported):

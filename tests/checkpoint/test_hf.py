@@ -213,3 +213,9 @@ def test_the_commands_export_import_and_inspect(runs, tmp_path, capsys, world):
     assert "exists and is not empty" in capsys.readouterr().err
     assert "FluxTransformer2DModel" in inspect(Path(out))
     assert "family flux, EMA not kept" in inspect(Path(back))
+
+
+@pytest.mark.multi
+def test_an_imported_checkpoint_fills_two_tensor_parallel_ranks(exported, tmp_path, torchrun):
+    import_folder(exported["trained"], tmp_path / "run")
+    torchrun(Path(__file__).with_name("ranks_imported.py"), tmp_path / "run", timeout_s=200)

@@ -105,7 +105,9 @@ def _gain(run_dir: Path) -> str:
     if not evals:
         return "No evaluation was logged."
     loss = evals[-1]["velocity_loss"]
+    gains = {name: 1 - loss[name] / loss["null"] for name in ("image", "text")}
     parts = [
-        f"{name} {loss[name]:.4f} ({1 - loss[name] / loss['null']:+.1%} lower)" for name in ("image", "text")
+        f"{name} condition {loss[name]:.4f} ({abs(gain):.1%} {'lower' if gain > 0 else 'higher'})"
+        for name, gain in gains.items()
     ]
-    return f"Held-out velocity loss: null {loss['null']:.4f}, {', '.join(parts)}."
+    return f"Held-out velocity loss: null condition {loss['null']:.4f}, {', '.join(parts)}."

@@ -117,7 +117,8 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 def write_sharded(folder: Path, specs: Mapping[str, Spec], get: Get) -> None:
-    """Write a torch_dist checkpoint that Megatron's loader reads, in one file.
+    """Write a torch_dist checkpoint that Megatron's loader reads, a file a tensor: torch's writer keeps what
+    it writes into one file in memory until that file is done.
 
     Args:
         folder: exists; tensors, table of contents and Megatron's marker are written into it.
@@ -128,7 +129,7 @@ def write_sharded(folder: Path, specs: Mapping[str, Spec], get: Get) -> None:
     }
     # Where Megatron 0.19 looks for what is no tensor: nothing here, but its loader asks.
     state["common_state/shard_0_1"] = [{}]
-    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
+    writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=True)
     with _alone():
         state_dict_saver.save(state, storage_writer=writer, planner=_LazyPlanner(get), no_dist=True)
     (folder / "metadata.json").write_text(

@@ -20,7 +20,7 @@ from iomm.system import paint
 from iomm.training.train import train
 from iomm.training.watch import example_prompts
 
-STEPS = (1200, 700)  # of stage 1 and stage 2
+STEPS = (1200, 400)  # of stage 1 and stage 2
 PROMPTS_EACH = 12  # from training pairs, and held out
 SEED, SAMPLER_STEPS, GUIDANCE = 7, 25, 3.0
 
@@ -47,7 +47,7 @@ def demo_configs(out: Path, fraction: float = 1.0) -> tuple[Config, Config]:
     examples = examples_folder()
     steps = [max(4, round(n * fraction)) for n in STEPS]
     stage1 = tiny("stage1", examples, steps=steps[0])
-    stage2 = tiny("stage2", examples, steps=steps[1], lr=1e-3, mix_ratio=0.5, seed=1)
+    stage2 = tiny("stage2", examples, steps=steps[1], lr=5e-4, mix_ratio=0.75, seed=1)
     configs = []
     for config in (stage1, stage2):
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(1, round(50 * fraction)))
@@ -65,7 +65,7 @@ def run_demo(out: Path, fraction: float = 1.0) -> int:
     say = lambda line: console.print(line, soft_wrap=True, markup=False)  # noqa: E731
     first, second = demo_configs(out, fraction)
     for number, config in enumerate((first, second), start=1):
-        what = "images only" if number == 1 else "images and captioned images, half and half"
+        what = "images only" if number == 1 else "three images to one captioned image"
         say(
             f"Stage {number} of 2: {what}, {config.train.steps} steps of "
             f"{config.train.global_batch_images} images"

@@ -21,7 +21,7 @@ def test_both_stages_train_and_the_second_starts_from_the_first(out):
     first, second = demo.demo_configs(out, 0.004)
     assert len(losses(first.run_dir)) >= 1 and len(losses(second.run_dir)) >= 1
     assert second.train.init_from == str(first.run_dir)
-    assert first.data.mix_ratio == 1.0 and second.data.mix_ratio == 0.5
+    assert first.data.mix_ratio == 1.0 and second.data.mix_ratio == 0.75
 
 
 def test_it_paints_24_prompts_and_writes_two_self_contained_reports(out):

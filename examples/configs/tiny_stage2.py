@@ -1,7 +1,7 @@
 """Stage 2 in miniature: from stage 1's weights, three images to one captioned image.
 
-The paper mixes half and half with 210 k pairs. Here are 382: seen more often, they are learned by heart, and the
-held-out captions stop helping (README, "What the demo shows").
+The paper mixes half and half with 210 k pairs. Here are 382: seen more often, they are learned by heart, and
+the held-out captions stop helping.
 """
 
 import dataclasses

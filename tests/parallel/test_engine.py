@@ -210,7 +210,7 @@ def test_metrics_that_come_and_go_are_named(mesh: Mesh) -> None:
             {"ema_decay": 0.9},
             {"precision": "bf16"},
             {"distributed_optimizer": True},
-            "EMA with bf16 needs parallel.distributed_optimizer=False until the layouts issue",
+            "EMA with bf16 needs parallel.distributed_optimizer=false",
         ),
         ({"schedule": "cosine", "warmup_steps": 10}, {}, {}, "warmup_steps 10 leaves no step of the 10"),
         ({"ema_decay": 1.0}, {}, {}, r"ema_decay 1.0 must lie in \[0, 1\)"),

@@ -226,7 +226,7 @@ def _check(
         )
     if train.precision == "bf16" and parallel.distributed_optimizer and optimizer.ema_decay is not None:
         raise ValueError(
-            "EMA with bf16 needs parallel.distributed_optimizer=false: the average reads the whole fp32 masters. "
+            "EMA with bf16 needs parallel.distributed_optimizer=false: it reads the whole fp32 masters. "
             "Set that, or optimizer.ema_decay=null."
         )
     if optimizer.schedule == "cosine" and optimizer.warmup_steps >= train.steps:

@@ -25,7 +25,7 @@ lint: setup  ## ruff, basedpyright, import-linter
 
 smoke: setup  ## five training steps of stage 1
 	@rm -rf runs/smoke
-	@$(PY) -m iomm.cli train examples/configs/tiny_stage1.py --set name=smoke --set train.steps=5 $(ARGS)
+	@$(PY) -m iomm.cli train examples/configs/tiny_stage1.py --set name=smoke --set train.steps=5 --set optimizer.warmup_steps=2 $(ARGS)
 
 bench: setup  ## frozen-prefix split against the naive full pass: time and peak memory
 	@$(PY) -m iomm.cli bench prefix $(ARGS)

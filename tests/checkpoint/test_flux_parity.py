@@ -21,7 +21,7 @@ from iomm.checkpoint.names import family_table, their_config
 from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions
 from iomm.model.mmdit import MMDiT
-from tests.model.test_mmdit import make
+from tests.model.small_models import make
 
 HEADS, WIDTH = 3, 48
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}

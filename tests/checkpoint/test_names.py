@@ -15,7 +15,8 @@ from iomm.checkpoint import names_flux
 from iomm.checkpoint.name_table import Columns, Interleave, Permute, Row, Table
 from iomm.checkpoint.names import family_table, our_config, their_config
 from iomm.config import GeneratorConfig
-from tests.model.test_mmdit import SMALL, make
+from tests.model.small_models import make
+from tests.model.test_mmdit import SMALL
 
 FLUX_DEV = dataclasses.replace(SMALL, pooled_width=6, guidance_embedding=True)
 ALL_DOUBLE = dataclasses.replace(SMALL, single_blocks=0, predict="clean")

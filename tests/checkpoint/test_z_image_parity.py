@@ -24,7 +24,7 @@ from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions, patchify, unpatchify
 from iomm.flow.sampler import Guided, sample
 from iomm.presets import xl
-from tests.model.test_single_stream import make
+from tests.model.small_models import make
 
 CONFIG = GeneratorConfig(
     family="z_image",

@@ -10,8 +10,8 @@ from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions
 from iomm.model.flops import generator_forward_flops
 from iomm.model.mmdit import unvaried_inputs
-from tests.model import test_single_stream
-from tests.model.test_mmdit import make
+from tests.model.small_models import make
+from tests.model.test_single_stream import SMALL
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_formula_equals_the_counted_operators(double, single, pooled_width, guid
 def test_formula_of_the_single_stream_family_equals_the_counted_operators(tokens):
     rows, columns, condition_tokens = tokens
     config = dataclasses.replace(
-        test_single_stream.SMALL, hidden_size=96, rope_axes=(16, 16, 16), token_channels=64, refiner_blocks=2
+        SMALL, hidden_size=96, rope_axes=(16, 16, 16), token_channels=64, refiner_blocks=2
     )
     with torch.device("meta"):
-        model = test_single_stream.make(config, torch.float32)
+        model = make(config, torch.float32)
         image, condition = torch.empty(1, rows * columns, 64), torch.empty(1, condition_tokens, 12)
         arguments = (image, torch.empty(1), condition, grid_positions(rows, columns))
         with FlopCounterMode(display=False) as counter:

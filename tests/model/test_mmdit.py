@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from iomm.conditioning.adapter import ResidualQueryAdapter
-from iomm.config import GeneratorConfig, ParallelConfig
-from iomm.flow.path import grid_positions
-from iomm.model.init import initialize
-from iomm.model.mmdit import MMDiT, unvaried_inputs
-from iomm.parallel.backend import Layers, transformer_config
-from iomm.parallel.mesh import start
+from iomm.config import GeneratorConfig
+from iomm.model.mmdit import unvaried_inputs
 from iomm.presets import b, large
+from tests.model.small_models import CONDITION_WIDTH, TOKEN_CHANNELS, inputs, make, perturbed
 
 SMALL = GeneratorConfig(
     hidden_size=32,
@@ -20,39 +17,9 @@ SMALL = GeneratorConfig(
     double_blocks=2,
     single_blocks=1,
     rope_axes=(4, 6, 6),
-    token_channels=8,
-    condition_width=12,
+    token_channels=TOKEN_CHANNELS,
+    condition_width=CONDITION_WIDTH,
 )
-
-
-def make(config=SMALL, dtype=torch.float64, seed=0):
-    parallel = ParallelConfig()
-    mesh = start(parallel)
-    model = MMDiT(
-        config, Layers(transformer_config(config.hidden_size, config.heads, dtype, mesh, parallel), mesh)
-    )
-    if model.image_in.weight.device.type != "meta":
-        initialize(model, seed)
-    return model
-
-
-def perturbed(model):
-    """Leave the zero gates of the start, so that everything has an influence."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.1)
-    return model
-
-
-def inputs(dtype=torch.float64, b_=3, rows=2, columns=3, t=5):
-    torch.manual_seed(1)
-    return (
-        torch.randn(b_, rows * columns, 8, dtype=dtype),
-        torch.rand(b_),
-        torch.randn(b_, t, 12, dtype=dtype),
-        grid_positions(rows, columns),
-    )
 
 
 @pytest.mark.parametrize(("preset", "billions"), [(b, 1.6), (large, 2.7)])
@@ -71,13 +38,13 @@ def test_the_adapter_has_the_papers_parameter_count_at_width_1536():
 
 def test_the_output_has_the_shape_of_the_noisy_tokens_and_starts_at_zero():
     x, t, c, positions = inputs()
-    out = make()(x, t, c, positions)
+    out = make(SMALL)(x, t, c, positions)
     assert out.shape == x.shape
     assert out.abs().max() == 0
 
 
 def test_samples_do_not_see_each_other():
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     together = model(x, t, c, positions)
     for i in range(3):
@@ -85,7 +52,7 @@ def test_samples_do_not_see_each_other():
 
 
 def test_condition_tokens_that_do_not_count_have_no_influence():
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     attend = torch.ones(3, 5, dtype=torch.bool)
     attend[:, 3:] = False
@@ -98,7 +65,7 @@ def test_condition_tokens_that_do_not_count_have_no_influence():
 
 def test_condition_order_has_no_influence_and_image_position_has():
     # Condition tokens all sit at position 0; image tokens are told apart by rope only.
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     base = model(x, t, c, positions)
     torch.testing.assert_close(model(x, t, c.flip(1), positions), base)
@@ -151,7 +118,7 @@ def test_inputs_that_no_run_varies_are_constants_of_the_models_that_have_them():
 
 
 def test_initial_weights_depend_on_seed_and_name_only():
-    first, again, other = (dict(make(seed=s).named_parameters()) for s in (0, 0, 1))
+    first, again, other = (dict(make(SMALL, seed=s).named_parameters()) for s in (0, 0, 1))
     assert all(torch.equal(first[n], again[n]) for n in first)
     changed = [n for n in first if not torch.equal(first[n], other[n])]
     assert "double_blocks.0.image.qkv.weight" in changed and "out.weight" not in changed
@@ -160,7 +127,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
 
 
 def test_bf16_stays_near_fp64():
-    model, wide = perturbed(make(dtype=torch.bfloat16)), perturbed(make())
+    model, wide = perturbed(make(SMALL, dtype=torch.bfloat16)), perturbed(make(SMALL))
     with torch.no_grad():
         for p, q in zip(model.parameters(), wide.parameters(), strict=True):
             q.copy_(p)

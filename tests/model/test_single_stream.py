@@ -8,13 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from iomm.config import GeneratorConfig, ParallelConfig
-from iomm.flow.path import grid_positions
-from iomm.model.init import initialize
-from iomm.model.single_stream import SingleStreamDiT, padded
-from iomm.parallel.backend import Layers, transformer_config
-from iomm.parallel.mesh import start
+from iomm.config import GeneratorConfig
+from iomm.model.single_stream import padded
 from iomm.presets import xl
+from tests.model.small_models import CONDITION_WIDTH, TOKEN_CHANNELS, inputs, make, perturbed
 
 SMALL = GeneratorConfig(
     family="z_image",
@@ -25,39 +22,9 @@ SMALL = GeneratorConfig(
     refiner_blocks=1,
     rope_axes=(4, 6, 6),
     rope_theta=256.0,
-    token_channels=8,
-    condition_width=12,
+    token_channels=TOKEN_CHANNELS,
+    condition_width=CONDITION_WIDTH,
 )
-
-
-def make(config=SMALL, dtype=torch.float64, seed=0):
-    parallel = ParallelConfig()
-    mesh = start(parallel)
-    model = SingleStreamDiT(
-        config, Layers(transformer_config(config.hidden_size, config.heads, dtype, mesh, parallel), mesh)
-    )
-    if model.image_in.weight.device.type != "meta":
-        initialize(model, seed)
-    return model
-
-
-def perturbed(model):
-    """Leave the zero gates of the start, so that everything has an influence."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.1)
-    return model
-
-
-def inputs(b_=3, rows=2, columns=3, t=5):
-    torch.manual_seed(1)
-    return (
-        torch.randn(b_, rows * columns, 8, dtype=torch.float64),
-        torch.rand(b_),
-        torch.randn(b_, t, 12, dtype=torch.float64),
-        grid_positions(rows, columns),
-    )
 
 
 RAGGED = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -71,14 +38,14 @@ def test_the_xl_preset_has_the_papers_parameter_count():
 
 def test_the_output_has_the_shape_of_the_noisy_tokens_and_starts_at_zero():
     x, t, c, positions = inputs()
-    out = make()(x, t, c, positions)
+    out = make(SMALL)(x, t, c, positions)
     assert out.shape == x.shape
     assert out.abs().max() == 0
 
 
 @pytest.mark.parametrize("attend", [None, RAGGED], ids=["equal", "ragged"])
 def test_samples_do_not_see_each_other(attend):
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     together = model(x, t, c, positions, attend)
     for i in range(3):
@@ -89,7 +56,7 @@ def test_samples_do_not_see_each_other(attend):
 
 @pytest.mark.parametrize("count", [33, 40])  # rows whose own padding ends before the batch's, and at it
 def test_condition_tokens_that_do_not_count_have_no_influence(count):
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs(t=70)
     attend = torch.zeros(3, 70, dtype=torch.bool)
     attend[:, 10 : 10 + count] = True
@@ -104,14 +71,14 @@ def test_condition_tokens_that_do_not_count_have_no_influence(count):
 
 
 def test_a_mask_that_lets_everything_through_changes_nothing():
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     attend = torch.ones(3, 5, dtype=torch.bool)
     torch.testing.assert_close(model(x, t, c, positions, attend), model(x, t, c, positions))
 
 
 def test_a_sample_without_any_condition_token_is_finite_and_so_are_its_gradients():
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     attend = RAGGED.clone()
     attend[1] = False
@@ -122,7 +89,7 @@ def test_a_sample_without_any_condition_token_is_finite_and_so_are_its_gradients
 
 
 def test_condition_order_and_image_position_have_an_influence():
-    model = perturbed(make())
+    model = perturbed(make(SMALL))
     x, t, c, positions = inputs()
     base = model(x, t, c, positions)
     assert (model(x, t, c.flip(1), positions) - base).abs().max() > 1e-4
@@ -141,8 +108,8 @@ def test_every_trained_parameter_gets_a_gradient(attend, affine):
 
 
 def test_pad_tokens_get_a_zero_gradient_where_nothing_is_padded():
-    model = perturbed(make())
-    x, t, c, positions = inputs(b_=1, rows=4, columns=8, t=32)
+    model = perturbed(make(SMALL))
+    x, t, c, positions = inputs(samples=1, rows=4, columns=8, t=32)
     model(x, t, c, positions).square().sum().backward()
     for token in (model.image_pad, model.condition_pad):
         assert token.grad is not None
@@ -150,7 +117,7 @@ def test_pad_tokens_get_a_zero_gradient_where_nothing_is_padded():
 
 
 def test_parameter_free_norms_equal_norms_with_weights_of_one():
-    with_weights = perturbed(make())
+    with_weights = perturbed(make(SMALL))
     free = make(dataclasses.replace(SMALL, norm_affine=False))
     weights = dict(with_weights.named_parameters())
     block_norms = {n for n in weights if "_norm_" in n}
@@ -164,7 +131,7 @@ def test_parameter_free_norms_equal_norms_with_weights_of_one():
 
 
 def test_initial_weights_depend_on_seed_and_name_only():
-    first, again, other = (dict(make(seed=s).named_parameters()) for s in (0, 0, 1))
+    first, again, other = (dict(make(SMALL, seed=s).named_parameters()) for s in (0, 0, 1))
     assert all(torch.equal(first[n], again[n]) for n in first)
     changed = {n for n in first if not torch.equal(first[n], other[n])}
     assert {"single_blocks.0.qkv.weight", "image_pad", "condition_pad"} <= changed
@@ -172,7 +139,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
 
 
 def test_bf16_stays_near_fp64():
-    model, wide = perturbed(make(dtype=torch.bfloat16)), perturbed(make())
+    model, wide = perturbed(make(SMALL, dtype=torch.bfloat16)), perturbed(make(SMALL))
     with torch.no_grad():
         for p, q in zip(model.parameters(), wide.parameters(), strict=True):
             q.copy_(p)

@@ -232,7 +232,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from iomm.checkpoint.hf import export_run
-    from iomm.system import DTYPES
+    from iomm.parallel.engine import DTYPES
 
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     sys.stdout.write(f"{export_run(arguments.run, arguments.output, ema=not arguments.raw, dtype=dtype)}\n")

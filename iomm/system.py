@@ -31,10 +31,10 @@ from iomm.model.init import initialize
 from iomm.model.mmdit import MMDiT, unvaried_inputs
 from iomm.model.single_stream import SingleStreamDiT
 from iomm.parallel.backend import Layers, transformer_config
+from iomm.parallel.engine import DTYPES
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream, normal
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 FAMILIES = {"flux": MMDiT, "z_image": SingleStreamDiT}
 
 

@@ -1,7 +1,6 @@
 """A run small enough for tests: random frozen models in their real layouts, drawn images, a 40 k-parameter
 generator."""
 
-import dataclasses
 import io
 import json
 import tarfile
@@ -133,7 +132,3 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line.startswith('{"kind": "event"')]
     return [record for record in records if record["event"] == kind]
-
-
-def replace_train(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))

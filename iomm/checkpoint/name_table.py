@@ -14,9 +14,9 @@ reads the few it is made of.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -293,3 +293,20 @@ def _check_shape(name: str, tensor: Tensor, shapes: dict[str, Shape]) -> None:
             f"{name} has shape {tuple(tensor.shape)}, the architecture asks for {shapes[name]}. "
             "The weights and the configuration do not belong together."
         )
+
+
+def stock_settings(
+    theirs: Mapping[str, Any], defaults: Mapping[str, Any], their_class: str
+) -> dict[str, Any]:
+    """The settings of a config.json, with the stock class's defaults where it says nothing.
+
+    Raises:
+        ValueError: settings that the stock class does not take.
+    """
+    public = {key: value for key, value in theirs.items() if not key.startswith("_")}
+    if unknown := sorted(public.keys() - defaults.keys()):
+        raise ValueError(
+            f"config.json of the {their_class} has {', '.join(unknown)}, which that class does not "
+            "take. Only unquantised models of the stock class can be imported."
+        )
+    return {**defaults, **public}

@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from iomm.checkpoint.name_table import Columns, Constant, Interleave, Row, blocks, linear, vector
+from iomm.checkpoint.name_table import (
+    Columns,
+    Constant,
+    Interleave,
+    Row,
+    blocks,
+    linear,
+    stock_settings,
+    vector,
+)
 from iomm.config import GeneratorConfig
 
 THEIR_CLASS = "FluxTransformer2DModel"
@@ -151,13 +160,7 @@ def our_config(theirs: Mapping[str, Any]) -> GeneratorConfig:
     Raises:
         ValueError: settings that our model does not have.
     """
-    public = {key: value for key, value in theirs.items() if not key.startswith("_")}
-    if unknown := sorted(public.keys() - DEFAULTS.keys()):
-        raise ValueError(
-            f"config.json of the {THEIR_CLASS} has {', '.join(unknown)}, which that class does not "
-            "take. Only unquantised models of the stock class can be imported."
-        )
-    stock = {**DEFAULTS, **public}
+    stock = stock_settings(theirs, DEFAULTS, THEIR_CLASS)
     if stock["patch_size"] != 1 or stock["out_channels"] not in (None, stock["in_channels"]):
         raise ValueError(
             f"config.json has patch_size {stock['patch_size']}, in_channels {stock['in_channels']} and "

@@ -4,7 +4,16 @@ name."""
 from collections.abc import Mapping
 from typing import Any
 
-from iomm.checkpoint.name_table import Constant, Interleave, Permute, Row, blocks, linear, vector
+from iomm.checkpoint.name_table import (
+    Constant,
+    Interleave,
+    Permute,
+    Row,
+    blocks,
+    linear,
+    stock_settings,
+    vector,
+)
 from iomm.checkpoint.names_flux import OURS_KEY
 from iomm.config import GeneratorConfig
 from iomm.model.single_stream import MODULATION_CHANNELS, NORM_EPS, TIME_HIDDEN, TimeEmbedding, mlp_width
@@ -127,13 +136,7 @@ def our_config(theirs: Mapping[str, Any]) -> GeneratorConfig:
     Raises:
         ValueError: settings that our model does not have.
     """
-    public = {key: value for key, value in theirs.items() if not key.startswith("_")}
-    if unknown := sorted(public.keys() - DEFAULTS.keys()):
-        raise ValueError(
-            f"config.json of the {THEIR_CLASS} has {', '.join(unknown)}, which that class does not "
-            "take. Only unquantised models of the stock class can be imported."
-        )
-    stock = {**DEFAULTS, **public}
+    stock = stock_settings(theirs, DEFAULTS, THEIR_CLASS)
     required = {**{name: DEFAULTS[name] for name in FIXED}, "n_kv_heads": stock["n_heads"]}
     for name, value in required.items():
         if _json(stock[name]) != _json(value):

@@ -1,0 +1,110 @@
+"""Choice of a provider, and what the kernels share.
+
+Providers of an operator:
+    eager   the reference, plain PyTorch; any device and dtype
+    triton  the kernel; CUDA tensors (CPU tensors under TRITON_INTERPRET=1, for tests)
+    csrc    C++ or CUDA C++ of csrc/, called as torch.ops.iomm_csrc.<name>
+    auto    CUDA: triton, else eager. CPU: csrc where it is built, else eager. Logged once with the reason.
+
+What is asked for and cannot be had is an error that names the way out, never another provider.
+
+`iomm_kernels.csrc.problem(name)` says why torch.ops.iomm_csrc.<name> is not there, None if it is.
+
+Operator files import `triton` and `tl` from here: where Triton is not installed (CPU builds of PyTorch) they
+are stand-ins that let the file be read, and no kernel is ever launched.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from iomm_kernels import csrc
+
+Provider = Literal["auto", "eager", "triton", "csrc"]
+PROVIDERS = ("auto", "eager", "triton", "csrc")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+log = logging.getLogger(__name__)
+_logged: set[tuple[str, str]] = set()
+
+
+class _NoTriton:
+    """Stands for `triton` and `triton.language` where they are not installed."""
+
+    constexpr = None
+    dtype = None
+
+    @staticmethod
+    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = _NoTriton
+
+
+def interpreted() -> bool:
+    """True where Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def resolve(name: str, provider: str, device_type: str) -> str:
+    """The provider that serves operator `name` on this kind of device: "eager", "triton" or "csrc".
+
+    Raises:
+        ValueError: the provider is unknown, or cannot serve here.
+    """
+    if provider not in PROVIDERS:
+        raise ValueError(f"{name}: provider {provider!r} is none of {', '.join(PROVIDERS)}.")
+    problems = {
+        "triton": _triton_problem(device_type),
+        "csrc": csrc.problem(name) if device_type in ("cpu", "cuda") else f"has no {device_type} operators",
+    }
+    if provider == "auto":
+        return _automatic(name, device_type, problems)
+    if problem := problems.get(provider):
+        ways = [other for other, why in problems.items() if why is None]
+        raise ValueError(
+            f"{name}: provider {provider!r} was asked for on {device_type}, but it {problem}. Otherwise use "
+            f"provider {' or '.join([*map(repr, ways), repr('eager')])}, or 'auto'."
+        )
+    return provider
+
+
+def _automatic(name: str, device_type: str, problems: dict[str, str | None]) -> str:
+    wanted = "triton" if device_type == "cuda" else "csrc"
+    choice = wanted if problems[wanted] is None else "eager"
+    if (name, device_type) not in _logged:
+        _logged.add((name, device_type))
+        why = "" if choice == wanted else f": {wanted} {problems[wanted]}"
+        log.info("%s on %s: %s%s", name, device_type, choice, why)
+    return choice
+
+
+def _triton_problem(device_type: str) -> str | None:
+    if not HAS_TRITON:
+        return "is not installed (pip install triton)"
+    if device_type == "cuda":
+        return None if not interpreted() else "interprets (TRITON_INTERPRET=1), which serves CPU tensors"
+    if device_type == "cpu" and interpreted():
+        return None
+    return "compiles for CUDA tensors only (TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
+
+
+def tensor_bytes(*values: Any) -> int:
+    """Bytes of all tensors among the values."""
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -187,13 +187,32 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with clipping, warm-up and an EMA of the weights (method.md section 4)."""
+class OptimizerGroup:
+    """Weights that get another learning rate or weight decay than the rest."""
 
+    match: str  # shell pattern over weight names, e.g. "conditioner.*"; the first group that fits counts
+    lr_scale: float = 1.0  # times optimizer.lr
+    weight_decay: float | None = None  # None: as the rest
+
+    def __post_init__(self) -> None:
+        _require(
+            self.lr_scale >= 0, f"optimizer.groups lr_scale {self.lr_scale} of {self.match} is negative."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or Muon with clipping, warm-up and an EMA of the weights (method.md section 4)."""
+
+    # muon: hidden matrices are orthogonalised (Newton-Schulz), everything else is AdamW's, with the same lr.
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; vectors have none
+    groups: tuple[OptimizerGroup, ...] = ()
+    muon_momentum: float = 0.95
+    muon_newton_schulz_steps: int = 5
     clip_norm: float = 1.0
     warmup_steps: int = 1000
     schedule: Literal["constant", "cosine"] = "constant"
@@ -202,15 +221,56 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products in 8 bits. Transformer Engine does them on a GPU; the local layers can emulate them
+    (quantise, dequantise, multiply in the compute precision), slowly, to see what the numerics cost."""
+
+    recipe: Literal["none", "delayed", "current", "blockwise"] = "none"
+    # Linears that stay in the compute precision: shell patterns over weight names.
+    keep: tuple[str, ...] = (
+        "generator.image_in*",
+        "generator.condition_in*",
+        "generator.out*",
+        "generator.time*",
+        "*modulation*",
+    )
+    amax_history: int = 1024  # steps whose largest absolute value sets a delayed scale
+    margin: int = 0  # powers of two between the largest value and the end of the format's range
+    fp8_param: bool = False  # keep the weights themselves in fp8 (Transformer Engine only)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the work is laid over ranks. Data parallelism is world size / (tp * pp)."""
 
     tp: int = 1  # tensor parallelism
     pp: int = 1  # pipeline parallelism
+    virtual_stages: int = 1  # chunks of a pipeline rank; > 1: interleaved 1F1B
+    sequence_parallel: bool = False  # split the sequence between the tensor-parallel linears; needs tp > 1
+    # What is computed again in the backward pass: nothing; all but matrix products and attention; all of a
+    # block.
+    recompute: Literal["none", "selective", "full"] = "none"
+    # Where MLLM and autoencoder run: with the first pipeline stage, or their micro-batches dealt to all ranks
+    # of the model-parallel group.
+    encoders: Literal["first_stage", "shared"] = "first_stage"
     distributed_optimizer: bool = True  # shard the optimizer state over the data-parallel ranks
     backend: Literal["auto", "local", "te"] = (
         "auto"  # whose layers: Megatron-Core's own, or Transformer Engine's
     )
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "virtual_stages"):
+            _require(getattr(self, name) >= 1, f"parallel.{name} {getattr(self, name)} must be at least 1.")
+        _require(
+            self.virtual_stages == 1 or self.pp > 1,
+            f"parallel.virtual_stages {self.virtual_stages} needs a pipeline. Set parallel.pp > 1, or "
+            "parallel.virtual_stages=1.",
+        )
+        _require(
+            not self.sequence_parallel or self.tp > 1,
+            "parallel.sequence_parallel splits the sequence over tensor-parallel ranks, of which there is "
+            "one. Set parallel.tp > 1, or parallel.sequence_parallel=false.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +294,7 @@ class TrainConfig:
     sample_guidance: float = 3.0
     abort_after_bad_steps: int = 10  # consecutive NaN/Inf steps before the run stops
     log_every_steps: int = 10
+    async_save: bool = False  # write checkpoints beside the training: a step waits for the copy only
     wandb: Literal["offline", "online", "disabled"] = "offline"
 
     def __post_init__(self) -> None:
@@ -260,6 +321,7 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     out_dir: str = "runs"  # the run's folder is out_dir/name
 
     @property

@@ -8,7 +8,9 @@ Providers of an operator:
 
 What is asked for and cannot be had is an error that names the way out, never another provider.
 
-`iomm_kernels.csrc.problem(name)` says why torch.ops.iomm_csrc.<name> is not there, None if it is.
+`iomm_kernels.csrc.problem(name)` says why torch.ops.iomm_csrc.<name> is not there, None if it is. A csrc
+operator takes the arguments of the operator of that name in this package's file, without `provider`, and with
+`norm` as a bool that says RMSNorm.
 
 Operator files import `triton` and `tl` from here: where Triton is not installed (CPU builds of PyTorch) they
 are stand-ins that let the file be read, and no kernel is ever launched.
@@ -50,6 +52,9 @@ if TYPE_CHECKING or HAS_TRITON:
 else:
     triton = tl = _NoTriton
 
+# triton.jit, typed as what it gives: launch options and Python numbers for constexprs are welcome.
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
 
 def interpreted() -> bool:
     """True where Triton runs kernels in its interpreter, on the CPU."""
@@ -57,8 +62,9 @@ def interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def resolve(name: str, provider: str, device_type: str) -> str:
-    """The provider that serves operator `name` on this kind of device: "eager", "triton" or "csrc".
+def resolve(name: str, provider: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The provider that serves operator `name` on this kind of device in this dtype: "eager", "triton" or
+    "csrc".
 
     Raises:
         ValueError: the provider is unknown, or cannot serve here.
@@ -69,6 +75,8 @@ def resolve(name: str, provider: str, device_type: str) -> str:
         "triton": _triton_problem(device_type),
         "csrc": csrc.problem(name) if device_type in ("cpu", "cuda") else f"has no {device_type} operators",
     }
+    if dtype == torch.float64:
+        problems = dict.fromkeys(problems, "computes in fp32 and does not take float64")
     if provider == "auto":
         return _automatic(name, device_type, problems)
     if problem := problems.get(provider):
@@ -98,6 +106,20 @@ def _triton_problem(device_type: str) -> str | None:
     if device_type == "cpu" and interpreted():
         return None
     return "compiles for CUDA tensors only (TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def vjp(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of `function(*inputs)` in plain PyTorch, for the eager half of a backward operator, inside
+    which autograd records nothing."""
+    _, pull = torch.func.vjp(function, *inputs)
+    return tuple(gradient.clone() for gradient in pull(gradients))
 
 
 def tensor_bytes(*values: Any) -> int:

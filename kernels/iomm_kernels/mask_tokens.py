@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iomm_kernels.launch import resolve, tensor_bytes, tl, triton
+from iomm_kernels.launch import jit, resolve, tensor_bytes, tl, triton
 from iomm_kernels.philox import philox_element, signed_seed, threshold, uniform
 from iomm_kernels.record import Case, Compile, Op
 
@@ -51,7 +51,7 @@ def reference(
 # forward; the backward pass is the same kernel on the gradient
 
 
-@triton.jit
+@jit
 def _drawn(index, hidden, seed, level, row, rows, tokens, HIDDEN: tl.constexpr, STREAM: tl.constexpr):
     """keep of the flat tokens `row`; False behind the last one."""
     inside = row < rows
@@ -65,7 +65,7 @@ def _drawn(index, hidden, seed, level, row, rows, tokens, HIDDEN: tl.constexpr, 
     return keep
 
 
-@triton.jit
+@jit
 def mask_kernel(
     x,
     y,
@@ -92,7 +92,7 @@ def mask_kernel(
         tl.store(y + at, kept, mask=inside[:, None] & (col < width)[None, :])
 
 
-@triton.jit
+@jit
 def keep_kernel(
     keep,
     index,

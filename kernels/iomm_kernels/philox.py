@@ -17,7 +17,7 @@ import struct
 import torch
 from torch import Tensor
 
-from iomm_kernels.launch import tl, triton
+from iomm_kernels.launch import jit, tl
 
 _M32 = 0xFFFFFFFF
 
@@ -83,7 +83,7 @@ def signed_seed(seed: int) -> int:
     return low - (1 << 64) if low >> 63 else low
 
 
-@triton.jit
+@jit
 def philox_block(seed, stream: tl.constexpr, index, block):
     """The four uint32 words of each block. `index` (int64 sample indices) and `block` (int32) have one
     shape."""
@@ -92,7 +92,7 @@ def philox_block(seed, stream: tl.constexpr, index, block):
     return tl.philox(seed, block.to(tl.uint32), low, high, low * 0 + stream)
 
 
-@triton.jit
+@jit
 def philox_element(seed, stream: tl.constexpr, index, element):
     """The uint32 word of each element (int32), whichever of its block's four it is."""
     w0, w1, w2, w3 = philox_block(seed, stream, index, element // 4)
@@ -100,7 +100,7 @@ def philox_element(seed, stream: tl.constexpr, index, element):
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 
 
-@triton.jit
+@jit
 def word_uniform(word):
     """fp32 in (0, 1) of a uint32 word."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07

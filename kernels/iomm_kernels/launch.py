@@ -71,7 +71,7 @@ def resolve(name: str, provider: str, device_type: str, dtype: torch.dtype = tor
     """
     if provider not in PROVIDERS:
         raise ValueError(f"{name}: provider {provider!r} is none of {', '.join(PROVIDERS)}.")
-    problems = {
+    problems: dict[str, str | None] = {
         "triton": _triton_problem(device_type),
         "csrc": csrc.problem(name) if device_type in ("cpu", "cuda") else f"has no {device_type} operators",
     }
@@ -118,7 +118,7 @@ def vjp(
 ) -> tuple[Tensor, ...]:
     """Gradients of `function(*inputs)` in plain PyTorch, for the eager half of a backward operator, inside
     which autograd records nothing."""
-    _, pull = torch.func.vjp(function, *inputs)
+    pull = torch.func.vjp(function, *inputs)[1]
     return tuple(gradient.clone() for gradient in pull(gradients))
 
 

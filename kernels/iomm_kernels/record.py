@@ -58,3 +58,10 @@ class Op:
     compiles: tuple[Compile, ...]
     # (preset "b" | "l" | "xl", image side in px 512 | 1024, dtype, device) -> arguments of a training step
     bench: Callable[[str, int, torch.dtype, torch.device], tuple[Any, ...]]
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Standard normal numbers for a case or a benchmark; the same ones in every dtype and on every device,
+    rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)

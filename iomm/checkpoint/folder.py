@@ -188,6 +188,21 @@ def check_files(info: CheckpointInfo) -> None:
             )
 
 
+def check_names(info: CheckpointInfo) -> None:
+    """Refuse a checkpoint of which this machine does not see every file; cheap, for every rank to call.
+
+    Raises:
+        CheckpointError: names the first that is missing.
+    """
+    seen = set(os.listdir(info.path)) if info.path.is_dir() else set()
+    for name in info.files:
+        if name not in seen:
+            raise CheckpointError(
+                f"{os.uname().nodename} does not see {name} of checkpoint {info.path}. All machines of a run "
+                "need the same out_dir: put it on a disk that they share."
+            )
+
+
 def check_architecture(info: CheckpointInfo, config: Config) -> None:
     """Refuse a checkpoint of another architecture.
 

@@ -13,6 +13,7 @@ from iomm.checkpoint.folder import (
     CheckpointError,
     check_architecture,
     check_files,
+    check_names,
     complete,
     find,
     latest,
@@ -113,6 +114,14 @@ def test_a_missing_or_short_shard_is_named(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(CheckpointError, match="__0_0.distcp is missing"):
         check_files(info)
+
+
+def test_a_file_that_only_this_machine_does_not_see_is_named(tmp_path: Path) -> None:
+    info = read_info(checkpoint(tmp_path, 1))
+    check_names(info)
+    (info.path / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"does not see __0_0.distcp of .*: put it on a disk that they"):
+        check_names(info)
 
 
 def test_publishing_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:

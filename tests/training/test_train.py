@@ -197,7 +197,7 @@ def test_a_full_disk_while_saving_lets_the_run_go_on_and_keeps_the_last_good_che
     world, tmp_path, monkeypatch
 ):
     config = small_config(world, tmp_path)
-    real, full = sharded.shutil.disk_usage, False
+    real, full = shutil.disk_usage, False
 
     def disk_usage(path):
         return real(path)._replace(free=1000) if full else real(path)
@@ -206,7 +206,7 @@ def test_a_full_disk_while_saving_lets_the_run_go_on_and_keeps_the_last_good_che
         nonlocal full
         full = full or arguments[1] >= 5
 
-    monkeypatch.setattr(sharded.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     monkeypatch.setattr(loop, "_quarantine", fill_disk_at_step_5)
     with pytest.raises(sharded.CheckpointError, match=r"disk of .* is full: a checkpoint needs [\d,]+ bytes"):
         train(config)  # step 8's save fails and the run goes on; the last one, at step 12, must not be lost

@@ -13,153 +13,59 @@ B samples, L image tokens, T condition tokens, S = T + L, D hidden channels, E c
 in a token.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from iomm.config import GeneratorConfig
-from iomm.model.layers import (
-    Modulation,
-    QueryKeyNorm,
-    VectorEmbedding,
-    attention,
-    modulate,
-    split_heads,
-    timestep_embedding,
-    zero_init,
-)
-from iomm.model.rope import Rope, rope, rotate
+from iomm.model.blocks import DoubleBlock, SingleBlock
+from iomm.model.layers import Modulation, VectorEmbedding, modulate, timestep_embedding, zero_init
+from iomm.model.packed import Geometry, joint_order, local_length, pack, unpack
+from iomm.model.recompute import run_block
+from iomm.model.rope import rope
 from iomm.parallel.backend import Layers
+from iomm.parallel.stages import Chunk, whole
 
 SINUSOIDS = 256  # numbers that a timestep or a guidance scale is spread into
 
 
-class Mlp(nn.Module):
-    """Linear, tanh-GELU, linear."""
+class MMDiT(nn.Module):
+    """The generator, or the chunks of it that a pipeline rank holds. Its output means what `config.predict`
+    says.
 
-    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
-        super().__init__()
-        inner = int(config.hidden_size * config.mlp_ratio)
-        self.first = layers.column(config.hidden_size, inner)
-        self.second = layers.row(inner, config.hidden_size)
-
-    def forward(self, x_LBD: Tensor) -> Tensor:
-        return self.second(functional.gelu(self.first(x_LBD), approximate="tanh"))
-
-
-class StreamWeights(nn.Module):
-    """One stream's half of a double block."""
-
-    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
-        super().__init__()
-        d = config.hidden_size
-        self.head_size = d // config.heads
-        self.modulation = Modulation(layers, d, 6)
-        self.qkv = layers.column(d, 3 * d)
-        self.norm = QueryKeyNorm(layers, self.head_size)
-        self.attention_out = layers.row(d, d)
-        self.mlp = Mlp(layers, config)
-
-    def project(self, x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(modulate(x_LBD, shift_BD, scale_BD)), self.head_size)
-        return *self.norm(q, k), v
-
-    def update(
-        self,
-        x_LBD: Tensor,
-        attended: Tensor,
-        gate_attention_BD: Tensor,
-        shift_BD: Tensor,
-        scale_BD: Tensor,
-        gate_mlp_BD: Tensor,
-    ) -> Tensor:
-        x_LBD = x_LBD + gate_attention_BD * self.attention_out(attended)
-        return x_LBD + gate_mlp_BD * self.mlp(modulate(x_LBD, shift_BD, scale_BD))
-
-
-class DoubleBlock(nn.Module):
-    """Joint attention of two streams with separate weights.
-
-    `last`: nothing reads the condition stream after this block, so its update is left out. The weights of
-    that update are kept, frozen, because FLUX's layout has them; trained, they would wait for a gradient that
-    never comes.
+    The whole model is called as one (`forward`). In a pipeline the first chunk calls `enter` and `run`, those
+    behind it `run`, the last one `run` and `leave`; between them goes one tensor (`iomm.model.packed`, the
+    streams in the order [condition | image]).
     """
 
-    def __init__(self, layers: Layers, config: GeneratorConfig, *, last: bool) -> None:
+    def __init__(
+        self, config: GeneratorConfig, layers: Layers, chunks: Sequence[Chunk] | None = None
+    ) -> None:
         super().__init__()
-        self.condition = StreamWeights(layers, config)
-        self.image = StreamWeights(layers, config)
-        self.last = last
-        if last:
-            self.condition.attention_out.requires_grad_(False)
-            self.condition.mlp.requires_grad_(False)
-            self.condition.norm.query.requires_grad_(False)
-
-    def forward(
-        self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
-        x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
-        c_qkv, x_qkv = (
-            self.condition.project(c_TBD, c_shift, c_scale),
-            self.image.project(x_LBD, x_shift, x_scale),
-        )
-        q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
-        q, k = rotate(q, rope_), rotate(k, rope_)
-        t = c_TBD.shape[0]
-        if self.last:
-            x_attended = attention(q[t:], k, v, attend_BS)
-        else:
-            c_attended, x_attended = attention(q, k, v, attend_BS).split((t, x_LBD.shape[0]))
-            c_TBD = self.condition.update(c_TBD, c_attended, *c_gates)
-        return c_TBD, self.image.update(x_LBD, x_attended, *x_gates)
-
-
-class SingleBlock(nn.Module):
-    """Attention and MLP side by side on the joint sequence, one set of weights."""
-
-    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
-        super().__init__()
-        d, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.head_size = d // config.heads
-        self.modulation = Modulation(layers, d, 3)
-        self.qkv = layers.column(d, 3 * d)
-        self.norm = QueryKeyNorm(layers, self.head_size)
-        self.mlp_in = layers.column(d, inner)
-        # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole
-        # columns.
-        self.attention_out = layers.row(d, d, bias=False)
-        self.mlp_out = layers.row(inner, d)
-
-    def forward(self, s_SBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> Tensor:
-        shift, scale, gate = self.modulation(time_BD)
-        h = modulate(s_SBD, shift, scale)
-        q, k, v = split_heads(self.qkv(h), self.head_size)
-        q, k = self.norm(q, k)
-        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
-        mlp = self.mlp_out(functional.gelu(self.mlp_in(h), approximate="tanh"))
-        return s_SBD + gate * (self.attention_out(attended) + mlp)
-
-
-class MMDiT(nn.Module):
-    """The whole generator. Its output means what `config.predict` says."""
-
-    def __init__(self, config: GeneratorConfig, layers: Layers) -> None:
-        super().__init__()
-        self.config = config
-        d = config.hidden_size
-        self.image_in = layers.replicated(config.token_channels, d)
-        self.condition_in = layers.replicated(config.condition_width, d)
-        self.time = VectorEmbedding(layers, SINUSOIDS, d)
-        self.guidance = VectorEmbedding(layers, SINUSOIDS, d) if config.guidance_embedding else None
-        self.pooled = None if config.pooled_width is None else VectorEmbedding(layers, config.pooled_width, d)
-        self.double_blocks = nn.ModuleList(
-            DoubleBlock(layers, config, last=config.single_blocks == 0 and i == config.double_blocks - 1)
-            for i in range(config.double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(SingleBlock(layers, config) for _ in range(config.single_blocks))
-        self.out_modulation = Modulation(layers, d, 2)
-        self.out = zero_init(layers.replicated(d, config.token_channels))
+        self.config, self.layers = config, layers
+        d, doubles = config.hidden_size, config.double_blocks
+        self.whole = whole(doubles + config.single_blocks)
+        chunks = (self.whole,) if chunks is None else chunks
+        if any(chunk.first for chunk in chunks):
+            self.image_in = layers.replicated(config.token_channels, d)
+            self.condition_in = layers.replicated(config.condition_width, d)
+            self.time = VectorEmbedding(layers, SINUSOIDS, d)
+            self.guidance = VectorEmbedding(layers, SINUSOIDS, d) if config.guidance_embedding else None
+            pooled = config.pooled_width
+            self.pooled = None if pooled is None else VectorEmbedding(layers, pooled, d)
+        self.double_blocks, self.single_blocks = nn.ModuleDict(), nn.ModuleDict()  # by number in the model
+        for i in (i for chunk in chunks for i in chunk.blocks):
+            if i < doubles:
+                last = config.single_blocks == 0 and i == doubles - 1
+                self.double_blocks[str(i)] = DoubleBlock(layers, config, last=last)
+            else:
+                self.single_blocks[str(i - doubles)] = SingleBlock(layers, config)
+        if any(chunk.last for chunk in chunks):
+            self.out_modulation = Modulation(layers, d, 2)
+            self.out = zero_init(layers.replicated(d, config.token_channels))
+        layers.mark_partial_gradients(self)
 
     def forward(
         self,
@@ -172,7 +78,7 @@ class MMDiT(nn.Module):
         pooled_BP: Tensor | None = None,
         guidance_B: Tensor | None = None,
     ) -> Tensor:
-        """Predict for noisy tokens.
+        """Predict for noisy tokens; the whole model.
 
         Args:
             x_t_BLC: noisy latent tokens.
@@ -185,24 +91,127 @@ class MMDiT(nn.Module):
         Returns:
             (B, L, C), velocity or clean latent.
         Raises:
-            ValueError: an input that the model was not built for, or one that is missing.
+            ValueError: an input that the model was not built for, or one that is missing; with sequence
+                parallelism, image tokens that do not divide over the ranks.
         """
-        dtype = self.image_in.weight.dtype
-        x_LBD = self.image_in(x_t_BLC.to(dtype).transpose(0, 1))
-        c_TBD = self.condition_in(condition_BTE.to(dtype).transpose(0, 1))
+        time_BD, c_TBD, x_LBD = self._embed(x_t_BLC, t_B, condition_BTE, pooled_BP, guidance_B)
+        geometry = self._geometry(positions_L3, condition_BTE.shape[1], attend_BT, len(t_B))
+        _, x_LBD = self._run(self.whole, time_BD, c_TBD, x_LBD, geometry)
+        return self._predict(time_BD, x_LBD)
+
+    def enter(
+        self,
+        x_t_BLC: Tensor,
+        t_B: Tensor,
+        condition_BTE: Tensor,
+        attend_BT: Tensor | None = None,
+        *,
+        pooled_BP: Tensor | None = None,
+        guidance_B: Tensor | None = None,
+    ) -> Tensor:
+        """First chunk: embed the inputs (as in `forward`) -> packed (S, B, D)."""
+        del attend_BT  # the other family's condition depends on it
+        return pack(*self._embed(x_t_BLC, t_B, condition_BTE, pooled_BP, guidance_B))
+
+    def run(
+        self,
+        packed_SBD: Tensor,
+        chunk: Chunk,
+        positions_L3: Tensor,
+        condition_tokens: int,
+        attend_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The blocks of one chunk: packed -> packed."""
+        lengths = self._lengths(condition_tokens, len(positions_L3))
+        time_BD, c_TBD, x_LBD = unpack(packed_SBD, packed_SBD.shape[-1], *lengths)
+        geometry = self._geometry(positions_L3, condition_tokens, attend_BT, packed_SBD.shape[1])
+        return pack(time_BD, *self._run(chunk, time_BD, c_TBD, x_LBD, geometry))
+
+    def leave(self, packed_SBD: Tensor, image_tokens: int) -> Tensor:
+        """Last chunk: packed -> (B, L, C), the same on all tensor-parallel ranks."""
+        length = local_length(image_tokens, self.layers.sequence_ranks, "image")
+        return self._predict(packed_SBD[0], packed_SBD[-length:])
+
+    def packed_length(self, image_tokens: int, condition_tokens: int) -> int:
+        """Rows S of the packed tensor on this rank."""
+        return 1 + sum(self._lengths(condition_tokens, image_tokens))
+
+    def members(self, chunk: Chunk) -> dict[str, nn.Module | nn.Parameter]:
+        """What belongs to one chunk, under the names it has here."""
+        doubles = self.config.double_blocks
+        double = {str(i): self.double_blocks[str(i)] for i in chunk.blocks if i < doubles}
+        single = {
+            str(i - doubles): self.single_blocks[str(i - doubles)] for i in chunk.blocks if i >= doubles
+        }
+        members: dict[str, nn.Module | nn.Parameter] = {
+            "double_blocks": nn.ModuleDict(double),
+            "single_blocks": nn.ModuleDict(single),
+        }
+        first, last = ("image_in", "condition_in", "time", "guidance", "pooled"), ("out_modulation", "out")
+        names = (first if chunk.first else ()) + (last if chunk.last else ())
+        return members | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _lengths(self, condition_tokens: int, image_tokens: int) -> tuple[int, int]:
+        """A rank's condition tokens, filled up so that they divide, and its image tokens."""
+        ranks = self.layers.sequence_ranks
+        return -(-condition_tokens // ranks), local_length(image_tokens, ranks, "image")
+
+    def _embed(
+        self,
+        x_t_BLC: Tensor,
+        t_B: Tensor,
+        condition_BTE: Tensor,
+        pooled_BP: Tensor | None,
+        guidance_B: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Time (B, D), condition stream, image stream; of the streams, this rank's slices."""
+        dtype, t = self.image_in.weight.dtype, condition_BTE.shape[1]
+        length, _ = self._lengths(t, x_t_BLC.shape[1])
+        pads = length * self.layers.sequence_ranks - t
+        c_TBE = functional.pad(condition_BTE.to(dtype).transpose(0, 1), (0, 0, 0, 0, 0, pads))
+        x_LBD = self.image_in(self.layers.scatter(x_t_BLC.to(dtype).transpose(0, 1)))
         time_BD = self._steering(t_B, pooled_BP, guidance_B)
-        positions_S3 = torch.cat((positions_L3.new_zeros(c_TBD.shape[0], 3), positions_L3))
-        rope_ = rope(positions_S3, self.config.rope_axes, self.config.rope_theta, dtype)
-        attend_BS = None if attend_BT is None else functional.pad(attend_BT, (0, x_LBD.shape[0]), value=True)
-        for block in self.double_blocks:
-            c_TBD, x_LBD = block(c_TBD, x_LBD, time_BD, rope_, attend_BS)
-        if self.single_blocks:
+        return time_BD, self.condition_in(self.layers.scatter(c_TBE)), x_LBD
+
+    def _geometry(
+        self, positions_L3: Tensor, condition_tokens: int, attend_BT: Tensor | None, samples: int
+    ) -> Geometry:
+        ranks, device = self.layers.sequence_ranks, positions_L3.device
+        pads = -condition_tokens % ranks
+        if pads and attend_BT is None:
+            attend_BT = torch.ones(samples, condition_tokens, dtype=torch.bool, device=device)
+        if attend_BT is not None:
+            attend_BT = functional.pad(attend_BT, (0, pads), value=False)
+        t, length = condition_tokens + pads, len(positions_L3)
+        positions_S3 = torch.cat((positions_L3.new_zeros(t, 3), positions_L3))
+        rope_ = rope(
+            positions_S3, self.config.rope_axes, self.config.rope_theta, self.layers.config.params_dtype
+        )
+        attend_BS = None if attend_BT is None else functional.pad(attend_BT, (0, length), value=True)
+        return Geometry(rope_, attend_BS, joint_order(t, length, ranks, device))
+
+    def _run(
+        self, chunk: Chunk, time_BD: Tensor, c_TBD: Tensor, x_LBD: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams behind the blocks of a chunk."""
+        granularity, doubles = self.layers.config.recompute_granularity, self.config.double_blocks
+        rope_, attend_BS, _ = geometry
+        for i in chunk.blocks[: max(0, doubles - chunk.blocks.start)]:
+            block = self.double_blocks[str(i)]
+            c_TBD, x_LBD = run_block(granularity, block, c_TBD, x_LBD, time_BD, rope_, attend_BS)
+        singles = chunk.blocks[max(0, doubles - chunk.blocks.start) :]
+        if singles:
+            rope_, attend_BS = geometry.joint()
             s_SBD = torch.cat((c_TBD, x_LBD))
-            for block in self.single_blocks:
-                s_SBD = block(s_SBD, time_BD, rope_, attend_BS)
-            x_LBD = s_SBD[c_TBD.shape[0] :]
+            for i in singles:
+                block = self.single_blocks[str(i - doubles)]
+                s_SBD = run_block(granularity, block, s_SBD, time_BD, rope_, attend_BS)
+            c_TBD, x_LBD = s_SBD.split((len(c_TBD), len(x_LBD)))
+        return c_TBD, x_LBD
+
+    def _predict(self, time_BD: Tensor, x_LBD: Tensor) -> Tensor:
         scale, shift = self.out_modulation(time_BD)
-        return self.out(modulate(x_LBD, shift, scale)).transpose(0, 1)
+        return self.layers.gather(self.out(modulate(x_LBD, shift, scale))).transpose(0, 1)
 
     def _steering(self, t_B: Tensor, pooled_BP: Tensor | None, guidance_B: Tensor | None) -> Tensor:
         """What modulates every block (B, D): SiLU (which every user applies first) of the time's embedding,

@@ -7,13 +7,16 @@ bf16 or fp64.
         channels
 
 A block is column -> (attention over its own heads | activation) -> row: two all-reduces a block, one in each
-direction. Weights come uninitialised: the model initialises them by name, so that the layout has no influence
-on them.
+direction. With sequence parallelism a rank holds 1/tp of the sequence outside of this pair: a column gathers
+it, a row reduces and scatters it (arXiv 2205.05198 section 4.2.2), and what is computed outside, on a part of
+the tokens, gives a part of its weights' gradient (`mark_partial_gradients`).
+
+Weights come uninitialised: the model initialises them by name, so that the layout has no influence on them.
 """
 
 import functools
 import logging
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +29,29 @@ from iomm.parallel.mesh import Mesh
 cpu.prepare()  # before the first import of Megatron: its base classes are bound at import time
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # noqa: E402
+from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 
 def transformer_config(
-    hidden_size: int, heads: int, dtype: torch.dtype, mesh: Mesh, parallel: ParallelConfig
+    hidden_size: int,
+    heads: int,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    *,
+    lengths_vary: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings for a model of this width; `dtype` is that of the parameters and of the
     computation.
 
+    Args:
+        lengths_vary: whether micro-batches differ in their number of tokens. Pipeline stages then tell each
+            other the length ahead of every tensor.
     Raises:
         ValueError: the backend is missing, or the heads do not divide over the tensor-parallel ranks.
     """
@@ -45,11 +61,22 @@ def transformer_config(
             f"generator.heads {heads} is not divisible by parallel.tp {mesh.tp_size}: a rank holds "
             "whole heads. Lower parallel.tp or change the heads."
         )
+    interleaved = parallel.virtual_stages > 1
     return TransformerConfig(
-        num_layers=1,  # read by Megatron's own transformer blocks only, of which there are none
+        # Read by Megatron's own transformer blocks only, of which there are none.
+        num_layers=parallel.pp * parallel.virtual_stages,
         hidden_size=hidden_size,
         num_attention_heads=heads,
         tensor_model_parallel_size=mesh.tp_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
+        variable_seq_lengths=lengths_vary,
+        # Interleaved with two stages, batched sends between the same two ranks pair up wrongly (silently);
+        # 1F1B knows no other.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        **_recompute(parallel.recompute),
         perform_initialization=False,
         use_cpu_initialization=True,  # parameters appear on torch's default device, which may be "meta"
         gradient_accumulation_fusion=False,  # needs apex's CUDA extension
@@ -60,6 +87,13 @@ def transformer_config(
         attention_dropout=0.0,
         cuda_graph_modules=[],  # the default warns about its own deprecation
     )
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    """In Megatron's words; `iomm.model.recompute` reads the granularity."""
+    if mode == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return dict(recompute_granularity=None if mode == "none" else mode)
 
 
 @functools.cache
@@ -81,7 +115,8 @@ def _is_whole(layer: ColumnParallelLinear | RowParallelLinear, size: int, size_p
 
 @final
 class Column(ColumnParallelLinear):
-    """x (..., in) -> (..., out/tp). The input is the same on all tensor-parallel ranks."""
+    """x (..., in) -> (..., out/tp). The input is the same on all tensor-parallel ranks, or with sequence
+    parallelism the rank's slice along the first axis: (L/tp, B, in) -> (L, B, out/tp)."""
 
     get_extra_state = nn.Module.get_extra_state  # no empty `_extra_state` entries in state dicts
 
@@ -93,9 +128,16 @@ class Column(ColumnParallelLinear):
 
 @final
 class Row(RowParallelLinear):
-    """x (..., in/tp) -> (..., out). The output is the same on all tensor-parallel ranks."""
+    """x (..., in/tp) -> (..., out). The output is the same on all tensor-parallel ranks, or with sequence
+    parallelism the rank's slice along the first axis: (L, B, in/tp) -> (L/tp, B, out)."""
 
     get_extra_state = nn.Module.get_extra_state
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = super()._forward_impl(input, weight, *args, **kwargs)
+        # Megatron reduces the product in place. Selective recomputation keeps the product, as it was.
+        granularity = cast(TransformerConfig, self.config).recompute_granularity
+        return out.clone() if granularity == "selective" and not self.sequence_parallel else out
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if _is_whole(self, self.input_size, self.input_size_per_partition):
@@ -107,13 +149,14 @@ class Row(RowParallelLinear):
 class HeadNorm(nn.Module):
     """RMSNorm over the channels of a head, x (..., H/tp heads, K) -> same; one weight of K for all heads.
 
-    Each rank sees its own heads only, so the weight's gradient is summed over the tensor-parallel ranks.
+    Each rank sees its own heads only, so the weight's gradient is summed over the tensor-parallel ranks: here
+    or, with sequence parallelism, once a step together with all other parts of gradients.
     """
 
     def __init__(self, head_size: int, *, eps: float, config: TransformerConfig, mesh: Mesh) -> None:
         super().__init__()
         self.eps = eps
-        self.tp_group = mesh.groups.tp if mesh.tp_size > 1 else None
+        self.tp_group = mesh.groups.tp if mesh.tp_size > 1 and not config.sequence_parallel else None
         self.weight = nn.Parameter(torch.empty(head_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,13 +196,46 @@ class Layers:
         """Linear that every tensor-parallel rank computes in full, on the same input.
 
         Its gradients are right if its output is used by all ranks alike, e.g. added to a row's output or fed
-        to a column: a column sums its input's gradient over the ranks.
+        to a column: a column sums its input's gradient over the ranks. With sequence parallelism the input is
+        the rank's own tokens (see `mark_partial_gradients`).
         """
         return nn.Linear(in_size, out_size, bias=bias, dtype=self.config.params_dtype)
 
     def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
         """RMSNorm over one head's channels, for queries and keys."""
         return HeadNorm(head_size, eps=eps, config=self.config, mesh=self.mesh)
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Over how many ranks a sequence is split."""
+        return self.mesh.tp_size if self.config.sequence_parallel else 1
+
+    def scatter(self, x_LBC: Tensor) -> Tensor:
+        """This rank's slice (L / sequence_ranks, B, C) of a sequence that all ranks have; its gradient is
+        gathered, and so the same on all of them."""
+        if self.sequence_ranks == 1:
+            return x_LBC
+        return scatter_to_sequence_parallel_region(x_LBC, group=self.mesh.groups.tp)
+
+    def gather(self, x_LBC: Tensor) -> Tensor:
+        """The whole sequence from the ranks' slices, for a computation that all ranks do alike: each keeps
+        its slice of the gradient."""
+        if self.sequence_ranks == 1:
+            return x_LBC
+        return gather_from_sequence_parallel_region(
+            x_LBC, tensor_parallel_output_grad=False, group=self.mesh.groups.tp
+        )
+
+    def mark_partial_gradients(self, module: nn.Module) -> None:
+        """Tell Megatron which gradients of `module` to sum over the tensor-parallel ranks after the backward
+        pass (`finalize_model_grads`).
+
+        With sequence parallelism these are all that are not split: a rank applies them to its tokens (norms,
+        modulation, embeddings, rows' biases), or to its heads (query and key norms).
+        """
+        for weight in module.parameters():
+            split = getattr(weight, "tensor_model_parallel", False)
+            weight.sequence_parallel = self.sequence_ranks > 1 and not split  # type: ignore[attr-defined]
 
     def heads_per_rank(self, heads: int) -> int:
         """How many of `heads` attention heads a rank holds.

@@ -47,8 +47,8 @@ def split(costs: Sequence[float], chunks: int, *, first_cost: float = 0, last_co
     blocks = len(costs)
     if not 1 <= chunks <= blocks:
         raise ValueError(
-            f"{blocks} blocks cannot be cut into parallel.pp * parallel.virtual_stages = {chunks} chunks of at "
-            f"least one block each. Lower parallel.pp or parallel.virtual_stages to at most {blocks} in "
+            f"{blocks} blocks cannot be cut into parallel.pp * parallel.virtual_stages = {chunks} chunks of "
+            f"at least one block each. Lower parallel.pp or parallel.virtual_stages to at most {blocks} in "
             "product, or use a deeper generator."
         )
     total = list(itertools.accumulate(costs, initial=0.0))

@@ -1,0 +1,123 @@
+"""The blocks of the MM-DiT (FLUX; arXiv 2403.03206): two streams with their own weights, or one.
+
+With sequence parallelism streams come and go as a rank's slices (T/tp, L/tp); between a column- and a
+row-parallel linear they are whole.
+
+L image tokens, T condition tokens, S = T + L, B samples, D hidden channels.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from iomm.config import GeneratorConfig
+from iomm.model.layers import Modulation, QueryKeyNorm, attention, modulate, split_heads
+from iomm.model.rope import Rope, rotate
+from iomm.parallel.backend import Layers
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        inner = int(config.hidden_size * config.mlp_ratio)
+        self.first = layers.column(config.hidden_size, inner)
+        self.second = layers.row(inner, config.hidden_size)
+
+    def forward(self, x_LBD: Tensor) -> Tensor:
+        return self.second(functional.gelu(self.first(x_LBD), approximate="tanh"))
+
+
+class StreamWeights(nn.Module):
+    """One stream's half of a double block."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.head_size = d // config.heads
+        self.modulation = Modulation(layers, d, 6)
+        self.qkv = layers.column(d, 3 * d)
+        self.norm = QueryKeyNorm(layers, self.head_size)
+        self.attention_out = layers.row(d, d)
+        self.mlp = Mlp(layers, config)
+
+    def project(self, x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(modulate(x_LBD, shift_BD, scale_BD)), self.head_size)
+        return *self.norm(q, k), v
+
+    def update(
+        self,
+        x_LBD: Tensor,
+        attended: Tensor,
+        gate_attention_BD: Tensor,
+        shift_BD: Tensor,
+        scale_BD: Tensor,
+        gate_mlp_BD: Tensor,
+    ) -> Tensor:
+        x_LBD = x_LBD + gate_attention_BD * self.attention_out(attended)
+        return x_LBD + gate_mlp_BD * self.mlp(modulate(x_LBD, shift_BD, scale_BD))
+
+
+class DoubleBlock(nn.Module):
+    """Joint attention of two streams with separate weights.
+
+    `last`: nothing reads the condition stream after this block, so its update is left out. The weights of
+    that update are kept, frozen, because FLUX's layout has them; trained, they would wait for a gradient that
+    never comes.
+    """
+
+    def __init__(self, layers: Layers, config: GeneratorConfig, *, last: bool) -> None:
+        super().__init__()
+        self.condition = StreamWeights(layers, config)
+        self.image = StreamWeights(layers, config)
+        self.last = last
+        if last:
+            self.condition.attention_out.requires_grad_(False)
+            self.condition.mlp.requires_grad_(False)
+            self.condition.norm.query.requires_grad_(False)
+
+    def forward(
+        self, c_TBD: Tensor, x_LBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
+        x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
+        c_qkv, x_qkv = (
+            self.condition.project(c_TBD, c_shift, c_scale),
+            self.image.project(x_LBD, x_shift, x_scale),
+        )
+        q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
+        q, k = rotate(q, rope_), rotate(k, rope_)
+        t, x_length = c_qkv[0].shape[0], x_qkv[0].shape[0]  # of the gathered streams
+        if self.last:
+            x_attended = attention(q[t:], k, v, attend_BS)
+        else:
+            c_attended, x_attended = attention(q, k, v, attend_BS).split((t, x_length))
+            c_TBD = self.condition.update(c_TBD, c_attended, *c_gates)
+        return c_TBD, self.image.update(x_LBD, x_attended, *x_gates)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence, one set of weights."""
+
+    def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.head_size = d // config.heads
+        self.modulation = Modulation(layers, d, 3)
+        self.qkv = layers.column(d, 3 * d)
+        self.norm = QueryKeyNorm(layers, self.head_size)
+        self.mlp_in = layers.column(d, inner)
+        # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole
+        # columns.
+        self.attention_out = layers.row(d, d, bias=False)
+        self.mlp_out = layers.row(inner, d)
+
+    def forward(self, s_SBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> Tensor:
+        shift, scale, gate = self.modulation(time_BD)
+        h = modulate(s_SBD, shift, scale)
+        q, k, v = split_heads(self.qkv(h), self.head_size)
+        q, k = self.norm(q, k)
+        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
+        mlp = self.mlp_out(functional.gelu(self.mlp_in(h), approximate="tanh"))
+        return s_SBD + gate * (self.attention_out(attended) + mlp)

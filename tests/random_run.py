@@ -10,9 +10,10 @@ from iomm import __version__
 from iomm.checkpoint.folder import name_of, write_info
 from iomm.checkpoint.streaming import Spec, write_sharded
 from iomm.config import Config
+from iomm.encoders import Encoders
 from iomm.parallel.mesh import start
 from iomm.parallel.weights import named_weights
-from iomm.system import Encoders, System
+from iomm.system import System
 
 Z_IMAGE: dict[str, Any] = {
     "generator__family": "z_image",
@@ -27,7 +28,7 @@ Z_IMAGE: dict[str, Any] = {
 def save_random_run(config: Config, *, step: int = 7, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint with weights and another random set as their EMA; the run's folder."""
     mesh = start(config.parallel)
-    system = System(config, Encoders(config, mesh.device).mllm.width, mesh)
+    system = System(config, Encoders(config, mesh.device).shapes, mesh)
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
     for prefix in ("model.", "ema."):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from iomm.data.loader import Batch
+from iomm.encoders import Encoders, Shapes
 from iomm.flow.path import grid_positions
 from iomm.model.init import initialize
 from iomm.parallel.mesh import Mesh
-from iomm.system import Encoders, System, build, paint, training_loss
+from iomm.system import System, build, paint, training_loss
 from tests.small_run import IMAGE_PX, small_config
 from tests.tiny_models import MLLMS, save_dc_ae, save_flux2_vae, save_vae
 
@@ -57,8 +58,8 @@ def test_every_mllm_trains_and_paints_with_every_codec(
 ):
     config = config_of(world, frozen, tmp_path, mllm, codec)
     encoders = Encoders(config, torch.device("cpu"))
-    system = build(config, encoders, mesh)
-    loss_B = training_loss(system, encoders, encoders.encode(batch()), config.flow, seed=0)
+    system = build(config, encoders.shapes, mesh)
+    loss_B = training_loss(system, encoders, encoders.encode(batch()))
     assert loss_B.shape == (3,)
     loss_B.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in system.parameters() if p.grad is not None)
@@ -82,7 +83,7 @@ def test_weights_with_pooled_text_and_guidance_inputs_are_fed_constants(mesh: Me
     settings = {"pooled_width": 6, "guidance_embedding": True, "guidance_value": 2.0, "predict": "velocity"}
     given = {f"generator__{name}": value for name, value in settings.items()}
     config = small_config(tmp_path, tmp_path, **given)
-    system = System(config, 24, mesh)
+    system = System(config, Shapes((4, config.generator.token_channels), 4, 24), mesh)
     initialize(system, 0)
     with torch.no_grad():
         for parameter in system.generator.parameters():

@@ -1,11 +1,13 @@
 """Open a checkpoint to generate from: its own configuration, encoders and weights, no optimizer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from iomm.checkpoint.sharded import find, load_weights, read_info
-from iomm.config import Config
+from iomm.config import Config, ParallelConfig
+from iomm.encoders import Encoders
 from iomm.parallel.mesh import start
-from iomm.system import Encoders, System, build
+from iomm.system import System, build
 
 
 def open_generator(path: Path, *, ema: bool) -> tuple[Config, Encoders, System]:
@@ -20,8 +22,10 @@ def open_generator(path: Path, *, ema: bool) -> tuple[Config, Encoders, System]:
     """
     checkpoint = find(path)
     config = Config.from_dict(read_info(checkpoint).config)
+    # Whole, in this process, whatever the layout that it was trained in.
+    config = replace(config, parallel=ParallelConfig(backend=config.parallel.backend))
     mesh = start(config.parallel)
     encoders = Encoders(config, mesh.device)
-    system = build(config, encoders, mesh).eval().requires_grad_(False)
+    system = build(config, encoders.shapes, mesh).eval().requires_grad_(False)
     load_weights(checkpoint, system, ema=ema, mesh=mesh)
     return config, encoders, system

@@ -36,23 +36,26 @@ class Conditioner(nn.Module):
 
     def forward(self, mllm: FrozenMllm, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
         """condition_BTE and attend_BT (None: every token counts)."""
-        states_BTD, attend_BT = self.states(mllm, prefix)
-        return self.connector(states_BTD, attend_BT), attend_BT
+        attend_BT = self.attend(prefix)
+        return self.connector(self.states(mllm, prefix), attend_BT), attend_BT
 
-    def states(self, mllm: FrozenMllm, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
-        """The MLLM's output states that condition the generator, before the connector."""
+    def attend(self, prefix: Prefix) -> Tensor | None:
+        """Which condition tokens of this prefix count, (B, T); None: all. Known before the MLLM runs."""
+        if self.adapter is None:
+            return prefix.attend_BP
+        if self.config.condition_tokens == "queries":
+            return None
+        return functional.pad(prefix.attend_BP, (0, self.config.queries), value=True)
+
+    def states(self, mllm: FrozenMllm, prefix: Prefix) -> Tensor:
+        """The MLLM's output states (B, T, D) that condition the generator, before the connector."""
         queries_only = self.config.condition_tokens == "queries"
         if self.adapter is None:
-            return mllm.encode_prefix(prefix).states_BPD, prefix.attend_BP
+            return mllm.encode_prefix(prefix).states_BPD
         q_BQD = self.adapter(prefix.c_BPD, prefix.attend_BP)
-        if self.config.prefix_split:
-            encoded = mllm.encode_prefix(prefix)
-            h_BQD = mllm.run_queries(q_BQD, encoded)
-            states = h_BQD if queries_only else torch.cat((encoded.states_BPD, h_BQD), dim=1)
-        else:
-            states = mllm.full(q_BQD, prefix)
-            states = states[:, -q_BQD.shape[1] :] if queries_only else states
-        attend_BT = (
-            None if queries_only else functional.pad(prefix.attend_BP, (0, q_BQD.shape[1]), value=True)
-        )
-        return states, attend_BT
+        if not self.config.prefix_split:
+            states_BSD = mllm.full(q_BQD, prefix)
+            return states_BSD[:, -q_BQD.shape[1] :] if queries_only else states_BSD
+        encoded = mllm.encode_prefix(prefix)
+        h_BQD = mllm.run_queries(q_BQD, encoded)
+        return h_BQD if queries_only else torch.cat((encoded.states_BPD, h_BQD), dim=1)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from iomm.conditioning.mask import keep_tokens
 from iomm.conditioning.mllm import Prefix
+from iomm.encoders import Encoded, Encoders
 from iomm.flow.loss import velocity_loss
 from iomm.flow.path import interpolate, velocity_target
 from iomm.flow.timesteps import evaluation_timesteps
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream
-from iomm.system import Encoded, Encoders, System, reconstruct
+from iomm.system import System, reconstruct
 
 EVAL_SEED = 20_260_316  # of noise and masks; fixed, so that runs with different seeds compare
 CONDITIONS = ("image", "text", "null")
@@ -89,7 +90,7 @@ def heldout_loss(
     for item in items:
         x_BLC, noise = item.latent_BLC, encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
         for row, (_, prefix) in enumerate(_prefixes(encoders, item)):
-            condition = system.conditioner(encoders.mllm, prefix)
+            condition = system.condition(encoders.mllm, prefix)
             for column, t in enumerate(timesteps.tolist()):
                 t_B = torch.full((len(noise),), t, device=noise.device)
                 velocity = system.velocity(interpolate(x_BLC, noise, t_B), t_B, condition)

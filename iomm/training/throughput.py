@@ -14,8 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import Config
+from iomm.encoders import Encoders
 from iomm.model.flops import generator_forward_flops
-from iomm.system import Encoders, System
+from iomm.system import System, condition_tokens, count_condition_flops
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,19 @@ def count_step_flops(config: Config, system: System, encoders: Encoders) -> Step
     image = torch.zeros(1, 3, px, px, dtype=torch.uint8, device=device)
     counted: dict[str, int] = {}
 
-    def count(name: str, call: Callable[[], Any]) -> Any:
+    def count(name: str, call: Callable[[], Any]) -> None:
         with FlopCounterMode(display=False) as counter:
-            out = call()
+            call()
         counted[name] = counter.get_total_flops()
-        return out
 
     count("vae", lambda: encoders.codec.encode(image))
-    patches = count("vit", lambda: encoders.mllm.vision(image))
-    keep = torch.ones(patches.shape[:2], dtype=torch.bool)
-    prefix = encoders.prefixes.for_images(patches, keep)
-    conditioner, mllm = system.conditioner, encoders.mllm
-    total = 0
-    encoded = count("prefix", lambda: mllm.encode_prefix(prefix))
-    total += counted["prefix"]
-    if conditioner.adapter is not None:
-        adapter = conditioner.adapter
-        queries = count("adapter", lambda: adapter(prefix.c_BPD, prefix.attend_BP))
-        count("queries", lambda: mllm.run_queries(queries, encoded))
-        total += 3 * counted["adapter"] + 2 * counted["queries"]
-    states, attend = conditioner.states(mllm, prefix)
-    count("connector", lambda: conditioner.connector(states, attend))
+    count("vit", lambda: encoders.mllm.vision(image))
+    assert system.conditioner is not None
+    condition = count_condition_flops(system.conditioner, encoders)
+    tokens = condition_tokens(config, encoders.shapes)
     return StepFlops(
-        generator=3 * generator_forward_flops(config.generator, encoders.latent_shape[0], states.shape[1]),
-        mllm=total + 3 * counted["connector"],
+        generator=3 * generator_forward_flops(config.generator, encoders.shapes.latent_LC[0], tokens),
+        mllm=condition.prefix + condition.trained,
         vit=0 if cached else counted["vit"],
         vae=0 if cached else counted["vae"],
     )
@@ -76,19 +66,20 @@ class Stopwatch:
     def step(self) -> None:
         self._steps += 1
 
-    def pause(self) -> "_Pause":
-        return _Pause(self)
-
-    def read(self, images_per_step: int, flops: StepFlops) -> dict[str, object]:
-        """images/s, ms a step, and TFLOP/s by part; then restarts."""
+    def read(self, images_per_step: int, flops: StepFlops | None) -> dict[str, object]:
+        """images/s, ms a step, and TFLOP/s by part (none without `flops`); then restarts."""
         seconds, steps = time.perf_counter() - self._start, max(1, self._steps)
         rate = images_per_step * steps / seconds
         self.restart()
+        parts = {} if flops is None else vars(flops)
         return {
             "images_per_s": round(rate, 2),
             "step_ms": round(1000 * seconds / steps, 2),
-            "tflops": {name: rate * per_image / 1e12 for name, per_image in vars(flops).items()},
+            "tflops": {name: rate * per_image / 1e12 for name, per_image in parts.items()},
         }
+
+    def pause(self) -> "_Pause":
+        return _Pause(self)
 
 
 class _Pause:

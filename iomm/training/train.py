@@ -7,22 +7,21 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-
-from torch import Tensor, nn
 
 from iomm.checkpoint import sharded
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
-from iomm.data.loader import Batch, Loader, global_batch_indices
+from iomm.data.loader import Loader, global_batch_indices
+from iomm.encoders import Encoders
 from iomm.parallel.engine import Engine, StepResult
 from iomm.parallel.mesh import Mesh, start
-from iomm.system import Encoded, Encoders, System, build, training_loss
+from iomm.system import System, build
 from iomm.training.progress import TrainingProgress
 from iomm.training.run import Run
+from iomm.training.step import Dealt, StepInputs
 from iomm.training.stop import StopSignal
-from iomm.training.throughput import Stopwatch, count_step_flops
+from iomm.training.throughput import StepFlops, Stopwatch, count_step_flops
 from iomm.training.watch import Watch
 
 
@@ -46,11 +45,12 @@ class Trainer:
     config: Config
     mesh: Mesh
     run: Run
-    encoders: Encoders
+    encoders: Encoders | None  # on ranks that encode
     system: System
     engine: Engine
+    inputs: StepInputs
     loader: Loader
-    watch: Watch | None
+    watch: Watch | None  # on the first stage, if there are held-out samples
     first_step: int
     bad_samples: deque[BadSampleReport]  # filled by the loader's threads
     bad_in_a_row: int = 0
@@ -76,8 +76,10 @@ def train(config: Config) -> Outcome:
     global_batch_indices(
         0, config.train.global_batch_images, config.train.micro_batch_images, mesh.dp_rank, mesh.dp_size
     )
-    encoders = Encoders(config, mesh.device)
-    system = build(config, encoders, mesh)
+    encoding = mesh.is_first_stage or config.parallel.encoders == "shared"
+    encoders = Encoders(config, mesh.device) if encoding else None
+    shapes = mesh.broadcast_object(encoders.shapes if encoders is not None else None)
+    system = build(config, shapes, mesh, encoders)
     resume_from = sharded.latest(config.run_dir / "checkpoints")
     if resume_from is None and config.train.init_from is not None:
         _init_weights(config, system, mesh)
@@ -87,8 +89,13 @@ def train(config: Config) -> Outcome:
         bad_samples: deque[BadSampleReport] = deque()
         loader = Loader(config.data, config.train.seed, on_bad=bad_samples.append)
         run = stack.enter_context(Run(config, mesh))
-        watch = Watch.prepare(config, encoders, loader, mesh)
-        trainer = Trainer(config, mesh, run, encoders, system, engine, loader, watch, first_step, bad_samples)
+        watch = None
+        if mesh.is_first_stage and encoders is not None:
+            watch = Watch.prepare(config, encoders, loader, mesh)
+        inputs = StepInputs(system, encoders, mesh)
+        trainer = Trainer(
+            config, mesh, run, encoders, system, engine, inputs, loader, watch, first_step, bad_samples
+        )
         if resume_from is not None:
             run.event(first_step, "resume", str(resume_from))
         stop = stack.enter_context(StopSignal())
@@ -99,18 +106,13 @@ def train(config: Config) -> Outcome:
 
 
 def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
-    config, settings = t.config, t.config.train
-    flops, watch, batches = count_step_flops(config, t.system, t.encoders), Stopwatch(), _batches(t)
-    micro_batches = settings.global_batch_images // (settings.micro_batch_images * t.mesh.dp_size)
-
-    def forward(module: nn.Module, item: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
-        return training_loss(module, t.encoders, item, config.flow, settings.seed).mean(), {}
-
+    settings = t.config.train
+    flops, watch, batches, inputs = _flops(t), Stopwatch(), _batches(t), t.inputs
     for step in range(t.first_step + 1, settings.steps + 1):
-        batch = list(islice(batches, micro_batches))
-        encoded = [t.encoders.encode(b) for b in batch]
+        batch = next(batches)
+        micro_batches = inputs.encode(batch)
         # Forward and backward of every micro-batch, gradient sum, clip, optimizer step, EMA.
-        result = t.engine.step(forward, encoded, micro_batches)
+        result = t.engine.step(inputs.forward, micro_batches, lambda m=micro_batches: inputs.conditions(m))
         watch.step()
         _quarantine(t, step)
         _check_finite(t, step, result, batch)
@@ -131,12 +133,28 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
     return Outcome(t.run.dir, settings.steps)
 
 
-def _batches(t: Trainer) -> Iterator[Batch]:
-    """This rank's micro-batches from the first step to the last, decoded ahead."""
+def _batches(t: Trainer) -> Iterator[Dealt]:
+    """The micro-batches of each step from the first to the last; those that this rank encodes are decoded
+    ahead."""
     train, mesh = t.config.train, t.mesh
     sizes = (train.global_batch_images, train.micro_batch_images, mesh.dp_rank, mesh.dp_size)
-    indices = (i for step in range(t.first_step, train.steps) for i in global_batch_indices(step, *sizes))
-    return t.loader.stream(indices)
+
+    def steps() -> Iterator[list[list[int]]]:
+        return (global_batch_indices(step, *sizes) for step in range(t.first_step, train.steps))
+
+    def own(indices: list[list[int]]) -> list[int]:
+        return [number for number in range(len(indices)) if t.inputs.encodes(number)]
+
+    decoded = t.loader.stream(indices[number] for indices in steps() for number in own(indices))
+    for indices in steps():
+        yield Dealt(indices, {number: next(decoded) for number in own(indices)})
+
+
+def _flops(t: Trainer) -> StepFlops | None:
+    """Counted on the rank that logs."""
+    if t.mesh.rank != 0 or t.encoders is None:
+        return None
+    return count_step_flops(t.config, t.system, t.encoders)
 
 
 def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
@@ -153,13 +171,13 @@ def _quarantine(t: Trainer, step: int) -> None:
         t.run.event(step, "bad_sample", str(report))
 
 
-def _check_finite(t: Trainer, step: int, result: StepResult, batch: list[Batch]) -> None:
+def _check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> None:
     """Count skipped steps; too many in a row end the run, with the samples that led there."""
     if not result.skipped:
         t.bad_in_a_row = 0
         return
     t.bad_in_a_row += 1
-    keys = [key for micro_batch in batch for key in micro_batch.keys]
+    keys = [key for samples in batch.batches.values() for key in samples.keys]
     detail = {
         "loss": repr(result.loss),
         "grad_norm": repr(result.grad_norm),
@@ -192,18 +210,24 @@ def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object
 
 def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
     """Held-out losses and grids, with the EMA weights if there are any."""
-    if t.watch is None:
+    train = t.config.train
+    evaluates = last or step % train.eval_every_steps == 0
+    paints = last or step % train.sample_every_steps == 0
+    if not t.config.data.heldout or not (evaluates or paints):
         return
-    with t.engine.ema.swapped_in() if t.engine.ema is not None else contextlib.nullcontext():
-        if last or step % t.config.train.eval_every_steps == 0:
+    averaged = t.engine.ema.swapped_in() if t.engine.ema is not None else contextlib.nullcontext()
+    with averaged, t.system.conducting() as conducts:
+        if not conducts or t.watch is None:
+            return
+        if evaluates:
             screen.say(f"step {step}  " + t.watch.evaluate(t.system, t.run, step))
-        if last or step % t.config.train.sample_every_steps == 0:
+        if paints:
             t.watch.paint(t.system, t.run, step)
 
 
 def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
     """Write a checkpoint. A failure (full disk) ends the run only if it was to be the last one."""
-    if t.encoders.cache is not None:
+    if t.encoders is not None and t.encoders.cache is not None:
         try:
             t.encoders.cache.flush()
         except OSError as error:  # it stays in memory, and the next flush tries again

@@ -9,10 +9,11 @@ from torch import Tensor
 from iomm.config import Config, DataConfig
 from iomm.data.loader import Batch, Loader
 from iomm.data.shards import ShardSet
+from iomm.encoders import Encoded, Encoders
 from iomm.evaluation.grid import image_grid, save_png
 from iomm.evaluation.heldout import CONDITIONS, EVAL_SEED, copying, heldout_loss
 from iomm.parallel.mesh import Mesh
-from iomm.system import Encoded, Encoders, System, paint
+from iomm.system import System, paint
 from iomm.training.run import Run
 
 GRID_IMAGES = 12

@@ -9,12 +9,13 @@ from iomm.checkpoint import sharded
 from iomm.checkpoint.hf_layout import GENERATOR_PREFIX
 from iomm.checkpoint.hf_run import RunWeights
 from iomm.config import ParallelConfig
+from iomm.encoders import Encoders
 from iomm.parallel.mesh import start
 from iomm.system import System
 
 weights = RunWeights(Path(sys.argv[1]), ema=False)
 mesh = start(ParallelConfig(tp=2))
-system = System(weights.config, 32, mesh)
+system = System(weights.config, Encoders(weights.config, mesh.device).shapes, mesh)
 sharded.load_weights(weights.checkpoint, system, ema=False, mesh=mesh)
 split = 0
 for name, parameter in system.named_parameters():

@@ -18,6 +18,7 @@ from iomm.checkpoint.portable.pipeline import philox_normal
 from iomm.checkpoint.sharded import CheckpointError
 from iomm.checkpoint.streaming import SafetensorsReader
 from iomm.cli import main
+from iomm.encoders import Encoders
 from iomm.random import Stream, normal
 from iomm.system import System, generate, paint
 from iomm.training.train import train
@@ -193,7 +194,7 @@ def test_a_run_starts_from_an_imported_checkpoint_but_does_not_go_on_from_it(
     imported = import_folder(exported["z_image"], tmp_path / "imported").checkpoint
     settings = {**Z_IMAGE, "train__steps": 1, "train__eval_every_steps": 99, "train__sample_every_steps": 99}
     config = small_config(world, tmp_path, "next", train__init_from=str(tmp_path / "imported"), **settings)
-    system = System(config, 32, mesh)
+    system = System(config, Encoders(config, mesh.device).shapes, mesh)
     sharded.load_weights(imported, system, ema=False, mesh=mesh, config=config)
     weights = RunWeights(runs["z_image"], ema=True)
     assert all(torch.equal(p, weights.get(n)) for n, p in system.state_dict().items())

@@ -12,6 +12,7 @@ import torch
 from iomm.checkpoint import sharded
 from iomm.checkpoint.generator import open_generator
 from iomm.presets import b, large, xl
+from iomm.system import System
 from iomm.training import train as loop
 from iomm.training.train import TrainingAborted, train
 from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
@@ -150,14 +151,13 @@ def test_another_architecture_is_refused_by_its_first_differing_setting(finished
 
 def poisoned(monkeypatch, bad_steps, batch=8):
     """Make the loss of the given steps NaN."""
-    real = loop.training_loss
+    real = System.advance
 
-    def training_loss(system, encoders, item, flow, seed):
-        loss = real(system, encoders, item, flow, seed)
-        step = int(item.batch.index_B[0]) // batch + 1
-        return loss * float("nan") if step in bad_steps else loss
+    def advance(system, chunk, carried_SBD, item, mllm):
+        step = int(item.index_B[0]) // batch + 1
+        return real(system, chunk, carried_SBD, item, mllm) * (float("nan") if step in bad_steps else 1.0)
 
-    monkeypatch.setattr(loop, "training_loss", training_loss)
+    monkeypatch.setattr(System, "advance", advance)
 
 
 def test_a_nan_step_is_skipped_and_counted_and_the_run_goes_on(world, tmp_path, monkeypatch):

@@ -105,12 +105,27 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the steps to train; below 1 only tries the machinery",
     )
 
-    bench = add("bench", _bench, "benchmarks: prefix = frozen-prefix split against the naive full pass")
-    bench.add_argument("what", choices=["prefix"])
-    bench.add_argument("--width", type=int, default=512, help="channels of the random MLLM (default 512)")
-    bench.add_argument("--layers", type=int, default=8)
-    bench.add_argument("--batch", type=int, default=4)
-    bench.add_argument("--repeats", type=int, default=5)
+    text = "benchmarks: both sides of a choice, measured in one run"
+    bench = commands.add_parser("bench", help=text, description=text)
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+
+    def add_bench(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = benches.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    prefix = add_bench("prefix", _bench_prefix, "frozen-prefix split against the naive full pass")
+    prefix.add_argument("--width", type=int, default=512, help="channels of the random MLLM (default 512)")
+    prefix.add_argument("--layers", type=int, default=8)
+    prefix.add_argument("--batch", type=int, default=4)
+    prefix.add_argument("--repeats", type=int, default=5)
+
+    encoders = add_bench(
+        "encoders", _bench_encoders, "encoder time of a step, first_stage against shared (under torchrun)"
+    )
+    encoders.add_argument("config", type=Path)
+    encoders.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
+    encoders.add_argument("--repeats", type=int, default=5)
 
     add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
     return parser
@@ -258,10 +273,18 @@ def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, arguments.fraction)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from iomm.bench import bench_prefix
+def _bench_prefix(arguments: argparse.Namespace) -> int:
+    from iomm.bench.prefix import bench_prefix
 
     sys.stdout.write(bench_prefix(arguments.width, arguments.layers, arguments.batch, arguments.repeats))
+    return 0
+
+
+def _bench_encoders(arguments: argparse.Namespace) -> int:
+    from iomm.bench.encoders import bench_encoders
+
+    config = load_config(arguments.config).override(arguments.set)
+    sys.stdout.write(bench_encoders(config, arguments.repeats) or "")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""`iomm bench`: what a design choice costs or saves, both sides in one run.
+"""`iomm bench prefix`: the frozen-prefix split against the naive full pass (method.md, "The frozen prefix is
+free").
 
-`prefix`: the frozen-prefix split against the naive full pass (method.md, "The frozen prefix is free"). By
-FLOPs, with P prefix positions and Q queries, the naive pass runs P + Q rows forward and their input gradients
-backward, 2 (P + Q); the split runs P rows forward and Q rows both ways, P + 2 Q. It also keeps no activations
-of the P rows.
+By FLOPs, with P prefix positions and Q queries, the naive pass runs P + Q rows forward and their input
+gradients backward, 2 (P + Q); the split runs P rows forward and Q rows both ways, P + 2 Q. It also keeps no
+activations of the P rows.
 """
 
 import ctypes

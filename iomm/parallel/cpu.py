@@ -47,6 +47,7 @@ _MODULES = (
     "optimizer.distrib_optimizer",
     "optimizer.clip_grads",
     "optimizer.grad_scaler",
+    "pipeline_parallel.p2p_communication",
     "pipeline_parallel.schedules",
     "transformer.module",
     "dist_checkpointing.exchange_utils",

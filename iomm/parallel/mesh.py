@@ -1,8 +1,8 @@
 """The mesh of ranks, and the only file that touches Megatron's global state.
 
 Every other module gets its process groups as an argument: `mesh.groups` (Megatron's `ProcessGroupCollection`:
-`tp`, `pp`, `dp`, `dp_cp`, ...). A world is laid out as tp x dp x pp, tensor-parallel ranks next to each
-other.
+`tp`, `pp`, `mp` = tp x pp, `dp`, `dp_cp`, ...). A world is laid out as tp x dp x pp, tensor-parallel ranks
+next to each other: rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank.
 """
 
 import os
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from iomm.config import ParallelConfig
 from iomm.parallel import cpu
@@ -35,8 +36,34 @@ class Mesh:
     dp_size: int
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
+    virtual_stages: int  # chunks of the model a pipeline rank holds
     groups: "ProcessGroupCollection"
+    alone: (
+        "ProcessGroupCollection"  # of this rank only; its dp groups are the world. For weights that all share
+    )
     device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the pipeline's first chunk."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the pipeline's last chunk, which computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def mp_rank(self) -> int:
+        """This rank's place among the tp * pp ranks that hold one copy of the model."""
+        return self.groups.mp.rank()
+
+    @property
+    def mp_size(self) -> int:
+        """How many ranks hold one copy of the model."""
+        return self.tp_size * self.pp_size
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -50,6 +77,34 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def from_stage(self, tensor: Tensor | None, stage: int) -> Tensor:
+        """The tensor of pipeline stage `stage` on every stage; the other stages' argument is not read.
+
+        Any shape and dtype: they travel ahead, pickled.
+        """
+        if self.pp_size == 1:
+            assert tensor is not None
+            return tensor
+        mine = self.pp_rank == stage
+        shape_and_dtype = (tensor.shape, tensor.dtype) if mine and tensor is not None else None
+        shape, dtype = self.object_from_stage(shape_and_dtype, stage)
+        out = tensor.detach().contiguous() if mine else torch.empty(shape, dtype=dtype, device=self.device)  # type: ignore[union-attr]
+        dist.broadcast(out, src=self._global_stage(stage), group=self.groups.pp)
+        return out
+
+    def object_from_stage(self, value: Any, stage: int) -> Any:
+        """The value of pipeline stage `stage` on every stage. It travels pickled, between ranks of one job
+        only."""
+        if self.pp_size == 1:
+            return value
+        box = [value]
+        source = self._global_stage(stage)
+        dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.device)
+        return box[0]
+
+    def _global_stage(self, stage: int) -> int:
+        return dist.get_global_rank(self.groups.pp, stage)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` on every rank, in the order of ranks."""
@@ -78,18 +133,19 @@ class Mesh:
 
 
 _current: tuple[ParallelConfig, Mesh] | None = None
-_left_torchrun = False
+# torchrun's key-value store, opened once, and how often its ranks met there.
+_store: Store | None = None
+_meetings = 0
 
 
 def start(parallel: ParallelConfig) -> Mesh:
     """Join the ranks that torchrun started, or be the only rank when it did not, and lay them out.
 
-    A single process opens no port: its rendezvous is in memory. Called again with the same tp and pp it
-    returns the same mesh.
+    A single process opens no port: its rendezvous is in memory. Called again with the same tp, pp and
+    virtual stages it returns the same mesh.
 
     Raises:
-        ValueError: pp > 1, a world size that tp * pp does not divide, another layout than the one already
-            started, or a second start under torchrun after `stop`.
+        ValueError: a world size that tp * pp does not divide, or another layout than the one already started.
     """
     global _current
     if _current is not None:
@@ -97,17 +153,14 @@ def start(parallel: ParallelConfig) -> Mesh:
         return _current[1]
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     _check_layout(parallel, world_size)
-    if _left_torchrun:
-        raise ValueError(
-            "this process has left torchrun's mesh and cannot join again. Launch the ranks again."
-        )
     cpu.prepare()
     device = _join()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
+    virtual = parallel.virtual_stages if parallel.virtual_stages > 1 else None
+    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
     model_parallel_cuda_manual_seed(_MEGATRON_SEED)
     mesh = Mesh(
         rank=dist.get_rank(),
@@ -116,7 +169,11 @@ def start(parallel: ParallelConfig) -> Mesh:
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp,
+        virtual_stages=parallel.virtual_stages,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        alone=_groups_of_one(ProcessGroupCollection()),
         device=device,
     )
     _current = (parallel, mesh)
@@ -124,27 +181,19 @@ def start(parallel: ParallelConfig) -> Mesh:
 
 
 def stop() -> None:
-    """Leave the mesh, so that `start` may lay out another one. Does nothing if none was started.
-
-    Under torchrun a process can join only once (its store remembers the first rendezvous): there `stop` is
-    for the end.
-    """
-    global _current, _left_torchrun
+    """Leave the mesh, so that `start` may lay out another one; all ranks call. Does nothing if none was
+    started."""
+    global _current
     if _current is None:
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    _current, _left_torchrun = None, "RANK" in os.environ
+    _current = None
 
 
 def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    if parallel.pp > 1:
-        raise ValueError(
-            f"parallel.pp = {parallel.pp}, but pipeline parallelism is not available yet. "
-            "Set parallel.pp=1, and parallel.tp to split a large model."
-        )
     ranks = parallel.tp * parallel.pp
     if parallel.tp < 1 or parallel.pp < 1 or world_size % ranks:
         raise ValueError(
@@ -155,11 +204,25 @@ def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def _refuse_other_layout(wanted: ParallelConfig, running: ParallelConfig) -> None:
-    if (wanted.tp, wanted.pp) != (running.tp, running.pp):
+    names = ("tp", "pp", "virtual_stages")
+    is_there, asked = (", ".join(f"{n} = {getattr(c, n)}" for n in names) for c in (running, wanted))
+    if is_there != asked:
         raise ValueError(
-            f"a mesh with tp = {running.tp}, pp = {running.pp} is running in this process; tp = {wanted.tp}, "
-            f"pp = {wanted.pp} was asked for. Call iomm.parallel.mesh.stop() first."
+            f"a mesh with {is_there} is running in this process; {asked} was asked for. "
+            "Call iomm.parallel.mesh.stop() first."
         )
+
+
+def _groups_of_one(groups: "ProcessGroupCollection") -> "ProcessGroupCollection":
+    """Groups in which this rank is alone with its weights, and data-parallel with the whole world."""
+    me = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    world = dist.group.WORLD
+    groups.tp = groups.pp = groups.ep = groups.cp = groups.mp = groups.expt_dp = groups.expt_tp = me
+    groups.tp_ep_pp = groups.tp_dp_cp = me
+    groups.embd = groups.pos_embd = me
+    groups.gtp_remat = groups.expt_gtp_remat = None  # type: ignore[assignment]
+    groups.dp = groups.dp_cp = groups.intra_dp_cp = groups.intra_dist_opt = world
+    return groups
 
 
 def _join() -> torch.device:
@@ -170,7 +233,21 @@ def _join() -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if has_gpu else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if has_gpu else None)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device_id = device if has_gpu else None
+        dist.init_process_group(
+            backend, store=_meeting_place(), rank=rank, world_size=world_size, device_id=device_id
+        )
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return device
+
+
+def _meeting_place() -> Store:
+    """A part of torchrun's store that no rendezvous has used: it remembers what was written in an earlier
+    one."""
+    global _store, _meetings
+    if _store is None:
+        _store, _, _ = next(rendezvous("env://"))
+    _meetings += 1
+    return PrefixStore(f"mesh_{_meetings}", _store)

@@ -25,6 +25,7 @@ from iomm.config import (
 from iomm.parallel import mesh as mesh_module
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.engine import DTYPES, Engine
+from iomm.parallel.masters import state_tensors
 from iomm.parallel.mesh import Mesh
 
 HIDDEN, GLOBAL_BATCH = 8, 8
@@ -60,7 +61,7 @@ def engine(config: Config, mesh: Mesh, seed: int = 0) -> Engine:
     return Engine(module, transformer, config.optimizer, config.train, config.parallel, mesh)
 
 
-def forward(module: nn.Module, x_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def forward(module: nn.Module, _: Tensor | None, x_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = (module(x_BD) - x_BD.flip(-1)).square().mean()
     return loss, {"double": 2 * loss}
 
@@ -77,16 +78,14 @@ def train(made: Engine, config: Config, mesh: Mesh, first: int, count: int) -> l
     out = []
     for step in range(first, first + count):
         mine = batches(config, mesh, step)
-        result = made.step(forward, mine, len(mine))
+        result = made.step(forward, mine)
         out.append([result.loss, result.grad_norm, result.metrics["double"]])
     return out
 
 
 def state(made: Engine) -> list[Tensor]:
     assert made.ema is not None
-    moments = [
-        v for c in made._optimizer.chained_optimizers for s in c.optimizer.state.values() for v in s.values()
-    ]
+    moments = [t for tensors in state_tensors(made._optimizer.pieces).values() for t in tensors.values()]
     return [t.detach().clone() for t in (*made.module.parameters(), *made.ema.weights.values(), *moments)]
 
 
@@ -113,9 +112,9 @@ def check_bad_step(config: Config, mesh: Mesh) -> None:
     before, mine = state(made), batches(config, mesh, 1)
     if mesh.rank == mesh.world_size - 1:
         mine[0] = mine[0] * math.nan
-    assert made.step(forward, mine, len(mine)).skipped
+    assert made.step(forward, mine).skipped
     assert same(before, state(made))
-    assert not made.step(forward, batches(config, mesh, 2), len(mine)).skipped
+    assert not made.step(forward, batches(config, mesh, 2)).skipped
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ def test_starting_twice_returns_the_same_mesh(mesh: Mesh) -> None:
 
 def test_starting_another_layout_names_both_and_the_way_out(mesh: Mesh) -> None:
     with pytest.raises(
-        ValueError, match=r"tp = 1, pp = 1 is running .* tp = 2, pp = 1 was asked for. Call .*stop"
+        ValueError,
+        match=r"tp = 1, pp = 1, virtual_stages = 1 is running .* tp = 2, pp = 1, .* was asked for. Call",
     ):
         start(ParallelConfig(tp=2))
 
@@ -40,9 +41,11 @@ def test_a_layout_below_one_rank_is_refused(tp: int) -> None:
         mesh_module._check_layout(ParallelConfig(tp=tp), world_size=4)
 
 
-def test_pipeline_parallelism_is_refused_until_it_exists() -> None:
-    with pytest.raises(ValueError, match=r"parallel.pp = 2, but pipeline parallelism is not available yet"):
-        mesh_module._check_layout(ParallelConfig(pp=2), world_size=2)
+def test_one_process_is_first_and_last_stage_and_a_model_parallel_group_of_one(mesh: Mesh) -> None:
+    assert (mesh.pp_rank, mesh.pp_size, mesh.virtual_stages) == (0, 1, 1)
+    assert mesh.is_first_stage and mesh.is_last_stage
+    assert (mesh.mp_rank, mesh.mp_size) == (0, 1)
+    assert mesh.alone.tp.size() == mesh.alone.dp.size() == 1
 
 
 def test_what_ranks_say_to_each_other_is_plain_in_one_process(mesh: Mesh) -> None:
@@ -50,13 +53,6 @@ def test_what_ranks_say_to_each_other_is_plain_in_one_process(mesh: Mesh) -> Non
     assert mesh.broadcast_object({"a": 1}) == {"a": 1}
     assert mesh.gather_objects("x") == ["x"]
     assert mesh.any_rank(True) and not mesh.any_rank(False)
+    assert mesh.object_from_stage("x", 0) == "x"
+    assert torch.equal(mesh.from_stage(torch.arange(3.0), 0), torch.arange(3.0))
     assert torch.equal(mesh.mean_over_dp(torch.arange(3.0)), torch.arange(3.0))
-
-
-def test_a_process_that_left_torchrun_is_told_so_instead_of_waiting_forever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mesh_module, "_current", None)
-    monkeypatch.setattr(mesh_module, "_left_torchrun", True)
-    with pytest.raises(ValueError, match="cannot join again. Launch the ranks again"):
-        start(ParallelConfig())

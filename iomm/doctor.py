@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
+import iomm_kernels
+
 GIB = 2**30
 INSTALL = "pip install -e ."
 CUDA_EXTRA = "pip install -e '.[cuda]'"
@@ -172,10 +174,21 @@ def _transformer_engine(machine: Machine) -> tuple[str, str]:
 def _kernels(machine: Machine) -> Iterator[Check]:
     section, triton = "fused operators", machine.versions.get("triton")
     yield Check(section=section, name="eager", status="ok", detail="plain PyTorch, everywhere")
-    installed = f"Triton {triton} is installed" if triton else "Triton is not installed"
-    detail = f"iomm_kernels holds no operator yet. {installed}"
-    yield Check(section=section, name="triton", status="no", detail=detail)
+    count = f"{len(iomm_kernels.MODULES)} operators"
+    if triton is None:
+        detail = f"Triton, which {count} need, is not installed"
+        fix = "pip install triton" if machine.gpus else ""
+        yield Check(section=section, name="triton", status="no", detail=detail, fix=fix)
+    elif not _usable_gpu(machine):
+        detail = f"Triton {triton} is installed; its {count} need a GPU, and none is usable here"
+        yield Check(section=section, name="triton", status="no", detail=detail)
+    else:
+        yield Check(section=section, name="triton", status="ok", detail=f"{count} by Triton {triton}")
     yield Check(section=section, name="csrc", status="no", detail="csrc/ holds no source yet")
+
+
+def _usable_gpu(machine: Machine) -> bool:
+    return bool(machine.gpus) and machine.torch_cuda is None
 
 
 def _others(machine: Machine) -> Iterator[Check]:
@@ -216,8 +229,7 @@ def _apex(machine: Machine) -> Check:
 
 def _choice(machine: Machine) -> Iterator[Check]:
     """What `auto` comes to."""
-    on_gpu = bool(machine.gpus) and machine.torch_cuda is None
-    device = "cuda, NCCL between ranks" if on_gpu else "cpu, gloo between ranks"
+    device = "cuda, NCCL between ranks" if _usable_gpu(machine) else "cpu, gloo between ranks"
     uses = {"device": device, "backend": "local", "operators": "eager", "decoder": "CPU"}
     for name, detail in uses.items():
         yield Check(section="a run on this machine uses", name=name, status="info", detail=detail)

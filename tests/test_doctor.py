@@ -89,10 +89,13 @@ def test_a_driver_tool_that_fails_means_no_gpu(tmp_path: Path, monkeypatch: pyte
     assert doctor._gpus() == ()
 
 
-def test_no_operator_is_claimed_while_the_kernels_package_holds_none() -> None:
-    modules = {path.stem for path in Path(iomm_kernels.__path__[0]).glob("*.py")}
-    assert modules == {"__init__"}, "iomm_kernels has operators now: let iomm.doctor say which are usable"
+def test_triton_operators_are_usable_where_triton_and_a_gpu_are() -> None:
     assert check("triton").status == "no"
+    assert "need a GPU" in check("triton").detail
+    assert check("triton", gpus=(H100,)).status == "ok"
+    assert f"{len(iomm_kernels.MODULES)} operators by Triton 3.8.0" in check("triton", gpus=(H100,)).detail
+    without = {name: version for name, version in VERSIONS.items() if name != "triton"}
+    assert check("triton", gpus=(H100,), versions=without).fix == "pip install triton"
 
 
 def test_what_is_shown_is_one_line_a_check_and_the_fix_below_it() -> None:

@@ -113,15 +113,6 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def vjp(
-    function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: Tensor | tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` in plain PyTorch, for the eager half of a backward operator, inside
-    which autograd records nothing."""
-    pull = torch.func.vjp(function, *inputs)[1]
-    return tuple(gradient.clone() for gradient in pull(gradients))
-
-
 def tensor_bytes(*values: Any) -> int:
     """Bytes of all tensors among the values."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))

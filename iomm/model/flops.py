@@ -7,7 +7,8 @@ bytes). All figures are of one forward pass for one sample; backward costs twice
 
 from iomm.config import GeneratorConfig
 from iomm.model.mmdit import SINUSOIDS
-from iomm.model.single_stream import MODULATION_CHANNELS, TIME_HIDDEN, TimeEmbedding, mlp_width, padded
+from iomm.model.padding import padded
+from iomm.model.single_stream import MODULATION_CHANNELS, TIME_HIDDEN, TimeEmbedding, mlp_width
 
 
 def generator_forward_flops(config: GeneratorConfig, image_tokens: int, condition_tokens: int) -> int:
@@ -43,7 +44,7 @@ def last_cost(config: GeneratorConfig, image_tokens: int, condition_tokens: int)
     del condition_tokens  # the image alone goes out
     d, c = config.hidden_size, config.token_channels
     if config.family == "z_image":
-        return 2 * d * (padded(image_tokens) * c + _modulation_channels(config))
+        return 2 * d * (image_tokens * c + _modulation_channels(config))
     return 2 * d * (image_tokens * c + 2 * d)
 
 

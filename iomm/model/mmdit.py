@@ -22,7 +22,7 @@ from torch.nn import functional
 from iomm.config import GeneratorConfig
 from iomm.model.blocks import DoubleBlock, SingleBlock
 from iomm.model.layers import Modulation, VectorEmbedding, modulate, timestep_embedding, zero_init
-from iomm.model.packed import Geometry, joint_order, local_length, pack, unpack
+from iomm.model.packed import Geometry, joint_order, local_length, local_slice, pack, unpack
 from iomm.model.recompute import run_block
 from iomm.model.rope import rope
 from iomm.parallel.backend import Layers
@@ -104,13 +104,14 @@ class MMDiT(nn.Module):
         x_t_BLC: Tensor,
         t_B: Tensor,
         condition_BTE: Tensor,
+        positions_L3: Tensor,
         attend_BT: Tensor | None = None,
         *,
         pooled_BP: Tensor | None = None,
         guidance_B: Tensor | None = None,
     ) -> Tensor:
         """First chunk: embed the inputs (as in `forward`) -> packed (S, B, D)."""
-        del attend_BT  # the other family's condition depends on it
+        del positions_L3, attend_BT  # the other family's refiners need them
         return pack(*self._embed(x_t_BLC, t_B, condition_BTE, pooled_BP, guidance_B))
 
     def run(
@@ -165,13 +166,10 @@ class MMDiT(nn.Module):
         guidance_B: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Time (B, D), condition stream, image stream; of the streams, this rank's slices."""
-        dtype, t = self.image_in.weight.dtype, condition_BTE.shape[1]
-        length, _ = self._lengths(t, x_t_BLC.shape[1])
-        pads = length * self.layers.sequence_ranks - t
-        c_TBE = functional.pad(condition_BTE.to(dtype).transpose(0, 1), (0, 0, 0, 0, 0, pads))
-        x_LBD = self.image_in(self.layers.scatter(x_t_BLC.to(dtype).transpose(0, 1)))
-        time_BD = self._steering(t_B, pooled_BP, guidance_B)
-        return time_BD, self.condition_in(self.layers.scatter(c_TBE)), x_LBD
+        c_length, x_length = self._lengths(condition_BTE.shape[1], x_t_BLC.shape[1])
+        c_TBD = self.condition_in(local_slice(self.layers, condition_BTE, c_length))
+        x_LBD = self.image_in(local_slice(self.layers, x_t_BLC, x_length))
+        return self._steering(t_B, pooled_BP, guidance_B), c_TBD, x_LBD
 
     def _geometry(
         self, positions_L3: Tensor, condition_tokens: int, attend_BT: Tensor | None, samples: int

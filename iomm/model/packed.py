@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from iomm.model.rope import Rope
+from iomm.parallel.backend import Layers
 
 
 class Geometry(NamedTuple):
@@ -45,6 +46,14 @@ def unpack(packed_SBD: Tensor, time_channels: int, *lengths: int) -> tuple[Tenso
     assert packed_SBD.shape[0] == 1 + sum(lengths), f"{packed_SBD.shape[0]} rows, expected 1 + {lengths}"
     time_1BD, *streams = packed_SBD.split((1, *lengths))
     return time_1BD[0, :, :time_channels], *streams
+
+
+def local_slice(layers: Layers, x_BLC: Tensor, length: int) -> Tensor:
+    """This rank's `length` tokens of a sequence, sequence first, in the weights' dtype; zeros fill up what is
+    missing at its end."""
+    x_LBC = x_BLC.to(layers.config.params_dtype).transpose(0, 1)
+    pads = length * layers.sequence_ranks - len(x_LBC)
+    return layers.scatter(functional.pad(x_LBC, (0, 0, 0, 0, 0, pads)) if pads else x_LBC)
 
 
 def local_length(tokens: int, ranks: int, what: str) -> int:

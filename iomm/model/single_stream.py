@@ -24,7 +24,7 @@ B samples, L image tokens, T condition tokens, S = L + T after padding, D hidden
 channels, M modulation channels, C numbers in a token.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +32,29 @@ from torch.nn import functional
 
 from iomm.config import GeneratorConfig
 from iomm.model.layers import QueryKeyNorm, attention, split_heads, timestep_embedding, zero_init
+from iomm.model.packed import Geometry, joint_order, local_length, local_slice, pack, unpack
+from iomm.model.padding import compact, fill, lengths, padded, positions
+from iomm.model.recompute import run_block
 from iomm.model.rope import Rope, rope, rotate
 from iomm.parallel.backend import Layers
+from iomm.parallel.stages import Chunk, whole
 
-PAD_MULTIPLE = 32  # tokens of a stream are filled up to a multiple of this
 NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 TIME_HIDDEN = 1024
 MODULATION_CHANNELS = 256  # at most; a narrower model has its own width
 PAD_INIT_STD = 0.02
-
-
-def padded(tokens: int) -> int:
-    """The multiple of 32 at or above."""
-    return tokens + -tokens % PAD_MULTIPLE
+_BEFORE_BLOCKS = (
+    "image_in",
+    "condition_norm",
+    "condition_in",
+    "time",
+    "image_pad",
+    "condition_pad",
+    "noise_refiner",
+    "context_refiner",
+)
+_BEHIND_BLOCKS = ("out_modulation", "out")
 
 
 def mlp_width(hidden_size: int) -> int:
@@ -135,37 +144,40 @@ def _gated(x_SBD: Tensor, gate_BD: Tensor | None) -> Tensor:
     return x_SBD if gate_BD is None else x_SBD * gate_BD.tanh()
 
 
-class _Lengths(NamedTuple):
-    """Condition tokens of a batch: T with pads; how many a row holds, without and with pads (None: all T)."""
-
-    padded_T: int
-    counts_B: Tensor | None
-    padded_B: Tensor | None
-
-
 class SingleStreamDiT(nn.Module):
-    """The whole generator; the same call as `MMDiT`. Its output means what `config.predict` says."""
+    """The generator, or the chunks of it that a pipeline rank holds; the same calls as `MMDiT`. Its output
+    means what `config.predict` says.
 
-    def __init__(self, config: GeneratorConfig, layers: Layers) -> None:
+    Packed streams are in the order [image | condition]. The refiners belong to the first chunk.
+    """
+
+    def __init__(
+        self, config: GeneratorConfig, layers: Layers, chunks: Sequence[Chunk] | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
-        d, channels = config.hidden_size, min(config.hidden_size, MODULATION_CHANNELS)
-        self.image_in = layers.replicated(config.token_channels, d)
-        self.condition_norm = RmsNorm(layers, config.condition_width)
-        self.condition_in = layers.replicated(config.condition_width, d)
-        self.time = TimeEmbedding(layers, channels)
-        self.image_pad = _pad_token(layers, d)
-        self.condition_pad = _pad_token(layers, d)
-        self.noise_refiner, self.context_refiner, self.single_blocks = (
-            nn.ModuleList(Block(layers, config, modulated=modulated) for _ in range(count))
-            for count, modulated in (
-                (config.refiner_blocks, True),
-                (config.refiner_blocks, False),
-                (config.single_blocks, True),
-            )
-        )
-        self.out_modulation = zero_init(layers.replicated(channels, d))
-        self.out = zero_init(layers.replicated(d, config.token_channels))
+        self.config, self.layers = config, layers
+        d = config.hidden_size
+        self.time_channels = min(d, MODULATION_CHANNELS)
+        self.whole = whole(config.single_blocks)
+        chunks = (self.whole,) if chunks is None else chunks
+
+        def blocks(numbers: Iterable[int], *, modulated: bool = True) -> nn.ModuleDict:
+            return nn.ModuleDict({str(i): Block(layers, config, modulated=modulated) for i in numbers})
+
+        if any(chunk.first for chunk in chunks):
+            self.image_in = layers.replicated(config.token_channels, d)
+            self.condition_norm = RmsNorm(layers, config.condition_width)
+            self.condition_in = layers.replicated(config.condition_width, d)
+            self.time = TimeEmbedding(layers, self.time_channels)
+            self.image_pad = _pad_token(layers, d)
+            self.condition_pad = _pad_token(layers, d)
+            self.noise_refiner = blocks(range(config.refiner_blocks))
+            self.context_refiner = blocks(range(config.refiner_blocks), modulated=False)
+        self.single_blocks = blocks(i for chunk in chunks for i in chunk.blocks)  # by number in the model
+        if any(chunk.last for chunk in chunks):
+            self.out_modulation = zero_init(layers.replicated(self.time_channels, d))
+            self.out = zero_init(layers.replicated(d, config.token_channels))
+        layers.mark_partial_gradients(self)
 
     def forward(
         self,
@@ -175,7 +187,7 @@ class SingleStreamDiT(nn.Module):
         positions_L3: Tensor,
         attend_BT: Tensor | None = None,
     ) -> Tensor:
-        """Predict for noisy tokens.
+        """Predict for noisy tokens; the whole model.
 
         Args:
             x_t_BLC: noisy latent tokens.
@@ -185,70 +197,123 @@ class SingleStreamDiT(nn.Module):
             attend_BT: True where a condition token counts; None: all do.
         Returns:
             (B, L, C), velocity or clean latent.
+        Raises:
+            ValueError: with sequence parallelism, padded image tokens that do not divide over the ranks.
         """
-        dtype, image_tokens = self.image_in.weight.dtype, x_t_BLC.shape[1]
-        time_BM = self.time(t_B)
-        condition_BTE, lengths = _compact(condition_BTE, attend_BT)
-        x_LBD = _pad(self.image_in(x_t_BLC.to(dtype).transpose(0, 1)), self.image_pad, None)
-        c_TBD = self.condition_in(self.condition_norm(condition_BTE.to(dtype).transpose(0, 1)))
-        c_TBD = _pad(c_TBD, self.condition_pad, lengths.counts_B)
-        positions = _positions(positions_L3, x_LBD.shape[0], lengths)
-        rope_ = rope(positions, self.config.rope_axes, self.config.rope_theta, dtype)
-        length = x_LBD.shape[0]
-        x_rope, c_rope = (rope_[0][:length], rope_[1][:length]), (rope_[0][length:], rope_[1][length:])
-        attend_BT, attend_BS = None, None
-        if lengths.padded_B is not None:
-            attend_BT = torch.arange(lengths.padded_T, device=x_LBD.device) < lengths.padded_B[:, None]
-            attend_BS = functional.pad(attend_BT, (length, 0), value=True)
-        for block in self.noise_refiner:
-            x_LBD = block(x_LBD, time_BM, x_rope, None)
-        for block in self.context_refiner:
-            c_TBD = block(c_TBD, time_BM, c_rope, attend_BT)
-        s_SBD = torch.cat((x_LBD, c_TBD))
-        for block in self.single_blocks:
-            s_SBD = block(s_SBD, time_BM, rope_, attend_BS)
-        h_LBD = functional.layer_norm(s_SBD[:image_tokens], s_SBD.shape[-1:], eps=FINAL_NORM_EPS)
+        geometry = self._geometry(positions_L3, condition_BTE.shape[1], attend_BT, len(t_B))
+        time_BM, x_LBD, c_TBD = self._embed(x_t_BLC, t_B, condition_BTE, attend_BT, geometry)
+        s_SBD = self._run(self.whole, time_BM, torch.cat((x_LBD, c_TBD)), geometry)
+        return self._predict(time_BM, s_SBD, x_t_BLC.shape[1])
+
+    def enter(
+        self,
+        x_t_BLC: Tensor,
+        t_B: Tensor,
+        condition_BTE: Tensor,
+        positions_L3: Tensor,
+        attend_BT: Tensor | None = None,
+    ) -> Tensor:
+        """First chunk: embed and refine the inputs (as in `forward`) -> packed (S, B, D)."""
+        geometry = self._geometry(positions_L3, condition_BTE.shape[1], attend_BT, len(t_B))
+        return pack(*self._embed(x_t_BLC, t_B, condition_BTE, attend_BT, geometry))
+
+    def run(
+        self,
+        packed_SBD: Tensor,
+        chunk: Chunk,
+        positions_L3: Tensor,
+        condition_tokens: int,
+        attend_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The blocks of one chunk: packed -> packed."""
+        time_BM, s_SBD = unpack(packed_SBD, self.time_channels, len(packed_SBD) - 1)
+        geometry = self._geometry(positions_L3, condition_tokens, attend_BT, packed_SBD.shape[1])
+        return pack(time_BM, self._run(chunk, time_BM, s_SBD, geometry))
+
+    def leave(self, packed_SBD: Tensor, image_tokens: int) -> Tensor:
+        """Last chunk: packed -> (B, L, C), the same on all tensor-parallel ranks."""
+        time_BM, s_SBD = unpack(packed_SBD, self.time_channels, len(packed_SBD) - 1)
+        return self._predict(time_BM, s_SBD, image_tokens)
+
+    def packed_length(self, image_tokens: int, condition_tokens: int) -> int:
+        """Rows S of the packed tensor on this rank."""
+        return 1 + self._image_length(image_tokens) + self._condition_length(condition_tokens)
+
+    def members(self, chunk: Chunk) -> dict[str, nn.Module | nn.Parameter]:
+        """What belongs to one chunk, under the names it has here."""
+        blocks = {str(i): self.single_blocks[str(i)] for i in chunk.blocks}
+        names = (_BEFORE_BLOCKS if chunk.first else ()) + (_BEHIND_BLOCKS if chunk.last else ())
+        members: dict[str, nn.Module | nn.Parameter] = {"single_blocks": nn.ModuleDict(blocks)}
+        return members | {name: getattr(self, name) for name in names}
+
+    def _image_length(self, image_tokens: int) -> int:
+        return local_length(padded(image_tokens), self.layers.sequence_ranks, "padded image")
+
+    def _condition_length(self, condition_tokens: int) -> int:
+        return -(-padded(condition_tokens) // self.layers.sequence_ranks)
+
+    def _embed(
+        self,
+        x_t_BLC: Tensor,
+        t_B: Tensor,
+        condition_BTE: Tensor,
+        attend_BT: Tensor | None,
+        geometry: Geometry,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Time (B, M), and both streams behind their refiners: this rank's slices."""
+        image_tokens, condition_tokens = x_t_BLC.shape[1], condition_BTE.shape[1]
+        time_BM, rank = self.time(t_B), self.layers.sequence_rank
+        x_LBD = self.image_in(local_slice(self.layers, x_t_BLC, self._image_length(image_tokens)))
+        x_LBD = fill(x_LBD, self.image_pad, image_tokens, rank * len(x_LBD))
+        c_TBE = compact(condition_BTE, attend_BT)
+        c_TBE = local_slice(self.layers, c_TBE, self._condition_length(condition_tokens))
+        c_TBD = self.condition_in(self.condition_norm(c_TBE))
+        counts_B = condition_tokens if attend_BT is None else attend_BT.sum(1)
+        c_TBD = fill(c_TBD, self.condition_pad, counts_B, rank * len(c_TBD))
+
+        split = len(x_LBD) * self.layers.sequence_ranks
+        cos, sin = geometry.rope_
+        granularity, attend_BS = self.layers.config.recompute_granularity, geometry.attend_BS
+        attend_BT = None if attend_BS is None else attend_BS[:, split:]
+        for block in self.noise_refiner.values():
+            x_LBD = run_block(granularity, block, x_LBD, time_BM, (cos[:split], sin[:split]), None)
+        for block in self.context_refiner.values():
+            c_TBD = run_block(granularity, block, c_TBD, time_BM, (cos[split:], sin[split:]), attend_BT)
+        return time_BM, x_LBD, c_TBD
+
+    def _geometry(
+        self, positions_L3: Tensor, condition_tokens: int, attend_BT: Tensor | None, samples: int
+    ) -> Geometry:
+        ranks, device = self.layers.sequence_ranks, positions_L3.device
+        image_L = self._image_length(len(positions_L3)) * ranks
+        total_T = self._condition_length(condition_tokens) * ranks
+        condition = lengths(condition_tokens, attend_BT, samples, total_T, device)
+        places = positions(positions_L3, image_L, condition)
+        rope_ = rope(places, self.config.rope_axes, self.config.rope_theta, self.layers.config.params_dtype)
+        attend_BS = None
+        if condition.padded_B is not None:
+            attend_BT = torch.arange(total_T, device=device) < condition.padded_B[:, None]
+            attend_BS = functional.pad(attend_BT, (image_L, 0), value=True)
+        return Geometry(rope_, attend_BS, joint_order(image_L, total_T, ranks, device))
+
+    def _run(self, chunk: Chunk, time_BM: Tensor, s_SBD: Tensor, geometry: Geometry) -> Tensor:
+        """The joint stream behind the blocks of a chunk."""
+        rope_, attend_BS = geometry.joint()
+        for i in chunk.blocks:
+            block, granularity = self.single_blocks[str(i)], self.layers.config.recompute_granularity
+            s_SBD = run_block(granularity, block, s_SBD, time_BM, rope_, attend_BS)
+        return s_SBD
+
+    def _predict(self, time_BM: Tensor, s_SBD: Tensor, image_tokens: int) -> Tensor:
+        """The image comes first; of its pads only those are computed that other ranks' slices ask for."""
+        split = self.layers.sequence_ranks > 1
+        x_LBD = s_SBD[: self._image_length(image_tokens) if split else image_tokens]
+        h_LBD = functional.layer_norm(x_LBD, x_LBD.shape[-1:], eps=FINAL_NORM_EPS)
         h_LBD = _scaled(h_LBD, self.out_modulation(functional.silu(time_BM)))
-        return -self.out(h_LBD).transpose(0, 1)
+        return -self.layers.gather(self.out(h_LBD))[:image_tokens].transpose(0, 1)
 
 
 def _pad_token(layers: Layers, channels: int) -> nn.Parameter:
     token = nn.Parameter(torch.empty(1, channels, dtype=layers.config.params_dtype))
     token.init_std = PAD_INIT_STD  # type: ignore[attr-defined]
     return token
-
-
-def _compact(condition_BTE: Tensor, attend_BT: Tensor | None) -> tuple[Tensor, _Lengths]:
-    """Move each row's tokens that count to the front, in their order."""
-    length = padded(condition_BTE.shape[1])
-    if attend_BT is None:
-        return condition_BTE, _Lengths(length, None, None)
-    order_BT = (~attend_BT).to(torch.uint8).argsort(dim=1, stable=True)
-    condition_BTE = condition_BTE.gather(1, order_BT[..., None].expand_as(condition_BTE))
-    counts_B = attend_BT.sum(1)
-    return condition_BTE, _Lengths(length, counts_B, counts_B + -counts_B % PAD_MULTIPLE)
-
-
-def _pad(x_LBD: Tensor, token_1D: Tensor, counts_B: Tensor | None) -> Tensor:
-    """Fill up to a multiple of 32 with the pad token, which also replaces what lies behind a row's count.
-
-    The token enters by `where` even if nothing is to be filled, so that its gradient always exists: the
-    overlapped reduction of gradients waits for every trained parameter.
-    """
-    tokens = x_LBD.shape[0]
-    x_LBD = functional.pad(x_LBD, (0, 0, 0, 0, 0, -tokens % PAD_MULTIPLE))
-    index_L1 = torch.arange(x_LBD.shape[0], device=x_LBD.device)[:, None]
-    pad_LB = index_L1 >= (tokens if counts_B is None else counts_B)
-    return torch.where(pad_LB[..., None], token_1D, x_LBD)
-
-
-def _positions(positions_L3: Tensor, padded_L: int, lengths: _Lengths) -> Tensor:
-    """Rotary positions of [image | condition]: (S, 3), or (S, B, 3) where rows differ."""
-    device, pads = positions_L3.device, padded_L - positions_L3.shape[0]
-    condition_T3 = functional.pad(torch.arange(1, lengths.padded_T + 1, device=device)[:, None], (0, 2))
-    if lengths.padded_B is None:
-        image_L3 = positions_L3 + functional.pad(torch.tensor([lengths.padded_T + 1], device=device), (0, 2))
-        return torch.cat((functional.pad(image_L3, (0, 0, 0, pads)), condition_T3))
-    first_B3 = functional.pad(lengths.padded_B[:, None] + 1, (0, 2))
-    image_LB3 = functional.pad(positions_L3[:, None] + first_B3, (0, 0, 0, 0, 0, pads))
-    return torch.cat((image_LB3, condition_T3[:, None].expand(-1, first_B3.shape[0], -1)))

@@ -210,6 +210,11 @@ class Layers:
         """Over how many ranks a sequence is split."""
         return self.mesh.tp_size if self.config.sequence_parallel else 1
 
+    @property
+    def sequence_rank(self) -> int:
+        """Which slice of a sequence is this rank's."""
+        return self.mesh.tp_rank if self.config.sequence_parallel else 0
+
     def scatter(self, x_LBC: Tensor) -> Tensor:
         """This rank's slice (L / sequence_ranks, B, C) of a sequence that all ranks have; its gradient is
         gathered, and so the same on all of them."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iomm.config import GeneratorConfig
-from iomm.model.single_stream import padded
+from iomm.model.padding import padded
 from iomm.presets import xl
 from tests.model.small_models import CONDITION_WIDTH, TOKEN_CHANNELS, inputs, make, perturbed
 

@@ -16,7 +16,8 @@ from iomm.checkpoint.name_table import (
 )
 from iomm.checkpoint.names_flux import OURS_KEY
 from iomm.config import GeneratorConfig
-from iomm.model.single_stream import MODULATION_CHANNELS, NORM_EPS, TIME_HIDDEN, TimeEmbedding, mlp_width
+from iomm.model.blocks_z_image import NORM_EPS, mlp_width, modulation_channels
+from iomm.model.single_stream import TIME_HIDDEN, TimeEmbedding
 
 THEIR_CLASS = "ZImageTransformer2DModel"
 PATCH = 2
@@ -48,7 +49,7 @@ OURS_ONLY = ("predict", "norm_affine")
 def rows(config: GeneratorConfig) -> tuple[Row, ...]:
     """The table of a SingleStreamDiT of this shape."""
     d, c, e = config.hidden_size, config.token_channels, config.condition_width
-    m, order = min(d, MODULATION_CHANNELS), _token_order(c)
+    m, order = modulation_channels(d), _token_order(c)
     x_in, final = f"all_x_embedder.{PATCH}-1", f"all_final_layer.{PATCH}-1"
     return (
         Row(("image_in.weight",), (f"{x_in}.weight",), ((d, c),), Permute(1, order)),
@@ -96,7 +97,7 @@ def _block(ours: str, theirs: str, config: GeneratorConfig, *, modulated: bool) 
         _norm(ours, "mlp_norm_in", f"{theirs}.ffn_norm1", config),
         _norm(ours, "mlp_norm_out", f"{theirs}.ffn_norm2", config),
         *(
-            linear(f"{ours}.modulation", f"{theirs}.adaLN_modulation.0", 4 * d, min(d, MODULATION_CHANNELS))
+            linear(f"{ours}.modulation", f"{theirs}.adaLN_modulation.0", 4 * d, modulation_channels(d))
             if modulated
             else ()
         ),

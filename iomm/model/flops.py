@@ -6,9 +6,10 @@ bytes). All figures are of one forward pass for one sample; backward costs twice
 """
 
 from iomm.config import GeneratorConfig
+from iomm.model.blocks_z_image import mlp_width, modulation_channels
 from iomm.model.mmdit import SINUSOIDS
 from iomm.model.padding import padded
-from iomm.model.single_stream import MODULATION_CHANNELS, TIME_HIDDEN, TimeEmbedding, mlp_width
+from iomm.model.single_stream import TIME_HIDDEN, TimeEmbedding
 
 
 def generator_forward_flops(config: GeneratorConfig, image_tokens: int, condition_tokens: int) -> int:
@@ -20,8 +21,9 @@ def generator_forward_flops(config: GeneratorConfig, image_tokens: int, conditio
 def block_costs(config: GeneratorConfig, image_tokens: int, condition_tokens: int) -> list[int]:
     """Each block that a pipeline deals out: double blocks, then single blocks."""
     if config.family == "z_image":
+        d = config.hidden_size
         block = _z_image_block(config, padded(image_tokens) + padded(condition_tokens))
-        return [block + 2 * 4 * _modulation_channels(config) * config.hidden_size] * config.single_blocks
+        return [block + 2 * 4 * modulation_channels(d) * d] * config.single_blocks
     return _flux_blocks(config, image_tokens, condition_tokens)
 
 
@@ -29,7 +31,7 @@ def first_cost(config: GeneratorConfig, image_tokens: int, condition_tokens: int
     """What stands before the blocks: embeddings of the tokens and of the time; refiners."""
     d, c, e = config.hidden_size, config.token_channels, config.condition_width
     if config.family == "z_image":
-        m, x, t = _modulation_channels(config), padded(image_tokens), padded(condition_tokens)
+        m, x, t = modulation_channels(d), padded(image_tokens), padded(condition_tokens)
         time = 2 * TIME_HIDDEN * (TimeEmbedding.FREQUENCIES + m)
         refiners = _z_image_block(config, x) + 2 * 4 * m * d + _z_image_block(config, t)
         return time + 2 * d * (x * c + t * e) + config.refiner_blocks * refiners
@@ -44,7 +46,7 @@ def last_cost(config: GeneratorConfig, image_tokens: int, condition_tokens: int)
     del condition_tokens  # the image alone goes out
     d, c = config.hidden_size, config.token_channels
     if config.family == "z_image":
-        return 2 * d * (image_tokens * c + _modulation_channels(config))
+        return 2 * d * (image_tokens * c + modulation_channels(config.hidden_size))
     return 2 * d * (image_tokens * c + 2 * d)
 
 
@@ -70,7 +72,3 @@ def _z_image_block(config: GeneratorConfig, tokens: int) -> int:
     """
     d = config.hidden_size
     return tokens * 2 * (4 * d * d + 3 * d * mlp_width(d)) + 4 * tokens * tokens * d
-
-
-def _modulation_channels(config: GeneratorConfig) -> int:
-    return min(config.hidden_size, MODULATION_CHANNELS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iomm.config import GeneratorConfig
-from iomm.model.blocks import DoubleBlock, SingleBlock
+from iomm.model.blocks_flux import DoubleBlock, SingleBlock
 from iomm.model.layers import Modulation, VectorEmbedding, modulate, timestep_embedding, zero_init
 from iomm.model.packed import Geometry, joint_order, local_length, local_slice, pack, unpack
 from iomm.model.recompute import run_block

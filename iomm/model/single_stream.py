@@ -31,18 +31,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iomm.config import GeneratorConfig
-from iomm.model.layers import QueryKeyNorm, attention, split_heads, timestep_embedding, zero_init
+from iomm.model.blocks_z_image import Block, RmsNorm, modulation_channels, scaled
+from iomm.model.layers import timestep_embedding, zero_init
 from iomm.model.packed import Geometry, joint_order, local_length, local_slice, pack, unpack
 from iomm.model.padding import compact, fill, lengths, padded, positions
 from iomm.model.recompute import run_block
-from iomm.model.rope import Rope, rope, rotate
+from iomm.model.rope import rope
 from iomm.parallel.backend import Layers
 from iomm.parallel.stages import Chunk, whole
 
-NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 TIME_HIDDEN = 1024
-MODULATION_CHANNELS = 256  # at most; a narrower model has its own width
 PAD_INIT_STD = 0.02
 _BEFORE_BLOCKS = (
     "image_in",
@@ -55,24 +54,6 @@ _BEFORE_BLOCKS = (
     "context_refiner",
 )
 _BEHIND_BLOCKS = ("out_modulation", "out")
-
-
-def mlp_width(hidden_size: int) -> int:
-    """Inner channels of the SwiGLU."""
-    return int(hidden_size / 3 * 8)
-
-
-class RmsNorm(nn.Module):
-    """RMSNorm over all channels, with weights or without."""
-
-    def __init__(self, layers: Layers, channels: int, *, affine: bool = True) -> None:
-        super().__init__()
-        self.channels = channels
-        dtype = layers.config.params_dtype
-        self.weight = nn.Parameter(torch.empty(channels, dtype=dtype)) if affine else None
-
-    def forward(self, x_LBD: Tensor) -> Tensor:
-        return functional.rms_norm(x_LBD, (self.channels,), self.weight, NORM_EPS)
 
 
 class TimeEmbedding(nn.Module):
@@ -90,60 +71,6 @@ class TimeEmbedding(nn.Module):
         return self.second(functional.silu(self.first(embedded)))
 
 
-class SwiGlu(nn.Module):
-    """down(silu(gate x) * up x), no biases."""
-
-    def __init__(self, layers: Layers, hidden_size: int) -> None:
-        super().__init__()
-        inner = mlp_width(hidden_size)
-        self.gate = layers.column(hidden_size, inner, bias=False)
-        self.up = layers.column(hidden_size, inner, bias=False)
-        self.down = layers.row(inner, hidden_size, bias=False)
-
-    def forward(self, x_LBD: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x_LBD)) * self.up(x_LBD))
-
-
-class Block(nn.Module):
-    """Attention, then SwiGLU, each between two RMSNorms. A modulated block scales behind the first norm and
-    gates, by tanh, behind the second."""
-
-    def __init__(self, layers: Layers, config: GeneratorConfig, *, modulated: bool) -> None:
-        super().__init__()
-        d = config.hidden_size
-        self.head_size = d // config.heads
-        self.qkv = layers.column(d, 3 * d, bias=False)
-        self.norm = QueryKeyNorm(layers, self.head_size, eps=NORM_EPS)
-        self.attention_out = layers.row(d, d, bias=False)
-        self.mlp = SwiGlu(layers, d)
-        self.attention_norm_in = RmsNorm(layers, d, affine=config.norm_affine)
-        self.attention_norm_out = RmsNorm(layers, d, affine=config.norm_affine)
-        self.mlp_norm_in = RmsNorm(layers, d, affine=config.norm_affine)
-        self.mlp_norm_out = RmsNorm(layers, d, affine=config.norm_affine)
-        channels = min(d, MODULATION_CHANNELS)
-        self.modulation = zero_init(layers.replicated(channels, 4 * d)) if modulated else None
-
-    def forward(self, s_SBD: Tensor, time_BM: Tensor, rope_: Rope, attend_BS: Tensor | None) -> Tensor:
-        scale_attention = gate_attention = scale_mlp = gate_mlp = None
-        if self.modulation is not None:
-            scale_attention, gate_attention, scale_mlp, gate_mlp = self.modulation(time_BM).chunk(4, dim=-1)
-        h = _scaled(self.attention_norm_in(s_SBD), scale_attention)
-        q, k, v = split_heads(self.qkv(h), self.head_size)
-        q, k = self.norm(q, k)
-        attended = self.attention_out(attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS))
-        s_SBD = s_SBD + _gated(self.attention_norm_out(attended), gate_attention)
-        mlp = self.mlp(_scaled(self.mlp_norm_in(s_SBD), scale_mlp))
-        return s_SBD + _gated(self.mlp_norm_out(mlp), gate_mlp)
-
-
-def _scaled(x_SBD: Tensor, scale_BD: Tensor | None) -> Tensor:
-    return x_SBD if scale_BD is None else x_SBD * (1 + scale_BD)
-
-
-def _gated(x_SBD: Tensor, gate_BD: Tensor | None) -> Tensor:
-    return x_SBD if gate_BD is None else x_SBD * gate_BD.tanh()
-
-
 class SingleStreamDiT(nn.Module):
     """The generator, or the chunks of it that a pipeline rank holds; the same calls as `MMDiT`. Its output
     means what `config.predict` says.
@@ -157,7 +84,7 @@ class SingleStreamDiT(nn.Module):
         super().__init__()
         self.config, self.layers = config, layers
         d = config.hidden_size
-        self.time_channels = min(d, MODULATION_CHANNELS)
+        self.time_channels = modulation_channels(d)
         self.whole = whole(config.single_blocks)
         chunks = (self.whole,) if chunks is None else chunks
 
@@ -309,7 +236,7 @@ class SingleStreamDiT(nn.Module):
         split = self.layers.sequence_ranks > 1
         x_LBD = s_SBD[: self._image_length(image_tokens) if split else image_tokens]
         h_LBD = functional.layer_norm(x_LBD, x_LBD.shape[-1:], eps=FINAL_NORM_EPS)
-        h_LBD = _scaled(h_LBD, self.out_modulation(functional.silu(time_BM)))
+        h_LBD = scaled(h_LBD, self.out_modulation(functional.silu(time_BM)))
         return -self.layers.gather(self.out(h_LBD))[:image_tokens].transpose(0, 1)
 
 

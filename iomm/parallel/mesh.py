@@ -164,7 +164,7 @@ def start(parallel: ParallelConfig) -> Mesh:
     model_parallel_cuda_manual_seed(_MEGATRON_SEED)
     mesh = Mesh(
         rank=dist.get_rank(),
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -43,5 +43,10 @@ def sharded(
             axis = weight.partition_dim  # type: ignore[attr-defined]
             out[name] = make_tp_sharded_tensor_for_checkpoint(tensor, prefix + name, axis, **groups)
         else:
-            out[name] = make_sharded_tensor_for_checkpoint(tensor, prefix + name, **groups)
+            # One that all ranks share has a copy on every pipeline stage too.
+            stage = mesh.pp_rank if getattr(weight, "shared_by_all", False) else 0
+            replica = (stage, mesh.tp_rank, mesh.dp_rank)
+            out[name] = make_sharded_tensor_for_checkpoint(
+                tensor, prefix + name, replica_id=replica, **groups
+            )
     return out

@@ -5,11 +5,13 @@ Stage 1 has `data.mix_ratio = 1` (images only); stage 2 mixes in pairs and names
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from iomm.checkpoint import sharded
+from iomm.checkpoint.folder import CheckpointError
+from iomm.checkpoint.saver import Saver
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
 from iomm.data.loader import Loader, global_batch_indices
@@ -49,15 +51,12 @@ class Trainer:
     system: System
     engine: Engine
     inputs: StepInputs
+    saver: Saver
     loader: Loader
     watch: Watch | None  # on the first stage, if there are held-out samples
     first_step: int
     bad_samples: deque[BadSampleReport]  # filled by the loader's threads
     bad_in_a_row: int = 0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run.dir / "checkpoints"
 
 
 def train(config: Config) -> Outcome:
@@ -80,7 +79,8 @@ def train(config: Config) -> Outcome:
     encoders = Encoders(config, mesh.device) if encoding else None
     shapes = mesh.broadcast_object(encoders.shapes if encoders is not None else None)
     system = build(config, shapes, mesh, encoders)
-    resume_from = sharded.latest(config.run_dir / "checkpoints")
+    checkpoints = config.run_dir / "checkpoints"
+    resume_from = sharded.latest(checkpoints)
     if resume_from is None and config.train.init_from is not None:
         _init_weights(config, system, mesh)
     engine = Engine(system, system.backend_config, config.optimizer, config.train, config.parallel, mesh)
@@ -92,9 +92,19 @@ def train(config: Config) -> Outcome:
         watch = None
         if mesh.is_first_stage and encoders is not None:
             watch = Watch.prepare(config, encoders, loader, mesh)
-        inputs = StepInputs(system, encoders, mesh)
         trainer = Trainer(
-            config, mesh, run, encoders, system, engine, inputs, loader, watch, first_step, bad_samples
+            config=config,
+            mesh=mesh,
+            run=run,
+            encoders=encoders,
+            system=system,
+            engine=engine,
+            inputs=StepInputs(system, encoders, mesh),
+            saver=Saver(checkpoints, config.train.keep_last, mesh, background=config.train.async_save),
+            loader=loader,
+            watch=watch,
+            first_step=first_step,
+            bad_samples=bad_samples,
         )
         if resume_from is not None:
             run.event(first_step, "resume", str(resume_from))
@@ -125,6 +135,7 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
         last = stopped or step == settings.steps
         with watch.pause():
             _evaluate(t, step, screen, last=step == settings.steps)
+            _saving(t, step, screen, t.saver.poll, last=False)
             if last or step % settings.save_every_steps == 0:
                 _save(t, step, screen, last=last)
         if stopped:
@@ -187,11 +198,13 @@ def _check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> No
     t.run.event(step, "nan_skip", detail)
     limit = t.config.train.abort_after_bad_steps
     if t.bad_in_a_row >= limit:
+        t.saver.finish()  # bad steps change no weights: a checkpoint on its way is a good one
         raise TrainingAborted(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite for "
             f"{limit} steps in a row "
             f"(train.abort_after_bad_steps). Last batch on rank {t.mesh.rank}: {', '.join(keys)}. "
-            f"Lower optimizer.lr, or look at these samples; the last good checkpoint is in {t.checkpoints}."
+            "Lower optimizer.lr, or look at these samples; the last good checkpoint is in "
+            f"{t.run.dir / 'checkpoints'}."
         )
 
 
@@ -226,21 +239,31 @@ def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) ->
 
 
 def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
-    """Write a checkpoint. A failure (full disk) ends the run only if it was to be the last one."""
+    """Write a checkpoint, or begin to. A failure (full disk) ends the run only if it was to be the last
+    one."""
     if t.encoders is not None and t.encoders.cache is not None:
         try:
             t.encoders.cache.flush()
         except OSError as error:  # it stays in memory, and the next flush tries again
             t.run.event(step, "cache_not_written", str(error))
             screen.say(f"step {step}  feature cache not written, training goes on: {error}")
+    _saving(t, step, screen, t.saver.finish, last=False)
+    _saving(t, step, screen, lambda: t.saver.save(step, t.engine, t.config, extra={}), last=last)
+    if last:
+        _saving(t, step, screen, t.saver.finish, last=True)
+
+
+def _saving(
+    t: Trainer, step: int, screen: TrainingProgress, action: Callable[[], Path | None], *, last: bool
+) -> None:
+    """Do something about a checkpoint, and note what came of it."""
     try:
-        path = sharded.save(
-            t.checkpoints, step, t.engine, t.config, extra={}, keep_last=t.config.train.keep_last, mesh=t.mesh
-        )
-    except sharded.CheckpointError as error:
+        path = action()
+    except CheckpointError as error:
         t.run.event(step, "save_failed", str(error))
         if last:
             raise
         screen.say(f"step {step}  checkpoint not written, training goes on: {error}")
     else:
-        t.run.event(step, "save", str(path))
+        if path is not None:
+            t.run.event(step, "save", str(path))

@@ -34,7 +34,7 @@ cpu.prepare()  # before the first import of Megatron
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon  # noqa: E402
 from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer  # noqa: E402
 
-_ADAMW = (
+ADAMW = (
     "generator.image_in.*",
     "generator.condition_in.*",
     "generator.out.*",
@@ -71,7 +71,7 @@ def check(settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfi
 def mark(names: Mapping[nn.Parameter, str], head_size: int, *, sharded: bool) -> None:
     """Tell Megatron, by attributes, which matrices are Muon's and which are fused; before they are wrapped."""
     for weight, name in names.items():
-        if any(fnmatchcase(name, pattern) for pattern in _ADAMW):
+        if any(fnmatchcase(name, pattern) for pattern in ADAMW):
             weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         if name.endswith("qkv.weight"):
             # The generator's rows run (head, q | k | v, channel), the connector's (q | k | v, head, channel).

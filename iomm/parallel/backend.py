@@ -1,5 +1,6 @@
 """The layers a model is built from, whoever's they are: `local` is Megatron-Core's, on any device, in fp32,
-bf16 or fp64.
+bf16 or fp64; `te` is Transformer Engine's, on a GPU (not yet run on one). Names and shapes of the weights are
+the same, so either loads the other's checkpoint.
 
     column: y_out/tp = x_in W[out/tp, in]^T + b[out/tp]             every rank holds a slice of the output
         channels
@@ -14,27 +15,28 @@ the tokens, gives a part of its weights' gradient (`mark_partial_gradients`).
 Weights come uninitialised: the model initialises them by name, so that the layout has no influence on them.
 """
 
-import functools
-import logging
-from typing import Any, cast, final
+import importlib
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import ParallelConfig
 from iomm.parallel import cpu
+from iomm.parallel.backend_choice import choose_backend, fuses_gradients
+from iomm.parallel.local import Column, HeadNorm, Replicated, Row
 from iomm.parallel.mesh import Mesh
 
 cpu.prepare()  # before the first import of Megatron: its base classes are bound at import time
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.tensor_parallel.mappings import (  # noqa: E402
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from iomm.parallel import te
 
 
 def transformer_config(
@@ -55,7 +57,7 @@ def transformer_config(
     Raises:
         ValueError: the backend is missing, or the heads do not divide over the tensor-parallel ranks.
     """
-    _check_backend(parallel.backend)
+    backend = choose_backend(parallel, dtype)
     if heads % mesh.tp_size:
         raise ValueError(
             f"generator.heads {heads} is not divisible by parallel.tp {mesh.tp_size}: a rank holds "
@@ -79,7 +81,8 @@ def transformer_config(
         **_recompute(parallel.recompute),
         perform_initialization=False,
         use_cpu_initialization=True,  # parameters appear on torch's default device, which may be "meta"
-        gradient_accumulation_fusion=False,  # needs apex's CUDA extension
+        transformer_impl="local" if backend == "local" else "transformer_engine",
+        gradient_accumulation_fusion=fuses_gradients(backend),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
@@ -93,77 +96,8 @@ def _recompute(mode: str) -> dict[str, Any]:
     """In Megatron's words; `iomm.model.recompute` reads the granularity."""
     if mode == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return dict(recompute_granularity=None if mode == "none" else mode)
-
-
-@functools.cache
-def _check_backend(backend: str) -> None:
-    if backend == "auto":
-        logging.getLogger(__name__).info("parallel.backend auto: local, the only layers available yet")
-    if backend == "te":
-        raise ValueError(
-            "parallel.backend = te, but the Transformer Engine layers are not available yet. "
-            "Set parallel.backend=local (or auto, which is local today)."
-        )
-
-
-def _is_whole(layer: ColumnParallelLinear | RowParallelLinear, size: int, size_per_rank: int) -> bool:
-    """Whether torch's own linear computes this layer: the same sum, without a Python autograd function around
-    it."""
-    return size == size_per_rank and not layer.gradient_accumulation_fusion
-
-
-@final
-class Column(ColumnParallelLinear):
-    """x (..., in) -> (..., out/tp). The input is the same on all tensor-parallel ranks, or with sequence
-    parallelism the rank's slice along the first axis: (L/tp, B, in) -> (L, B, out/tp)."""
-
-    get_extra_state = nn.Module.get_extra_state  # no empty `_extra_state` entries in state dicts
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if _is_whole(self, self.output_size, self.output_size_per_partition):
-            return F.linear(x, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
-        return super().forward(x)[0]
-
-
-@final
-class Row(RowParallelLinear):
-    """x (..., in/tp) -> (..., out). The output is the same on all tensor-parallel ranks, or with sequence
-    parallelism the rank's slice along the first axis: (L, B, in/tp) -> (L/tp, B, out)."""
-
-    get_extra_state = nn.Module.get_extra_state
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = super()._forward_impl(input, weight, *args, **kwargs)
-        # Megatron reduces the product in place. Selective recomputation keeps the product, as it was.
-        granularity = cast(TransformerConfig, self.config).recompute_granularity
-        return out.clone() if granularity == "selective" and not self.sequence_parallel else out
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if _is_whole(self, self.input_size, self.input_size_per_partition):
-            return F.linear(x, self.weight, self.bias)
-        return super().forward(x)[0]
-
-
-@final
-class HeadNorm(nn.Module):
-    """RMSNorm over the channels of a head, x (..., H/tp heads, K) -> same; one weight of K for all heads.
-
-    Each rank sees its own heads only, so the weight's gradient is summed over the tensor-parallel ranks: here
-    or, with sequence parallelism, once a step together with all other parts of gradients.
-    """
-
-    def __init__(self, head_size: int, *, eps: float, config: TransformerConfig, mesh: Mesh) -> None:
-        super().__init__()
-        self.eps = eps
-        self.tp_group = mesh.groups.tp if mesh.tp_size > 1 and not config.sequence_parallel else None
-        self.weight = nn.Parameter(torch.empty(head_size, dtype=config.params_dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.tp_group is not None:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    # None of Megatron's own modules: what is selected is said in `iomm.model.recompute`.
+    return dict(recompute_granularity=None if mode == "none" else mode, recompute_modules=[])
 
 
 @final
@@ -173,33 +107,43 @@ class Layers:
     def __init__(self, config: TransformerConfig, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
+        # Imported where it is used only: without a GPU the import fails.
+        self._te: Any = (
+            None if config.transformer_impl == "local" else importlib.import_module("iomm.parallel.te")
+        )
 
-    def column(self, in_size: int, out_size: int, *, bias: bool = True) -> Column:
+    def column(self, in_size: int, out_size: int, *, bias: bool = True) -> "Column | te.Linear":
         """Linear of which a rank computes out_size/tp output channels.
 
         Raises:
             ValueError: `out_size` does not divide over the tensor-parallel ranks.
         """
         self._check_divides("output", out_size)
+        if self._te is not None:
+            return self._te.Linear(in_size, out_size, **self._te_common(bias), split="column")
         return Column(in_size, out_size, **self._common(bias), gather_output=False)
 
-    def row(self, in_size: int, out_size: int, *, bias: bool = True) -> Row:
+    def row(self, in_size: int, out_size: int, *, bias: bool = True) -> "Row | te.Linear":
         """Linear of which a rank holds in_size/tp input channels; the results are summed over the ranks.
 
         Raises:
             ValueError: `in_size` does not divide over the tensor-parallel ranks.
         """
         self._check_divides("input", in_size)
+        if self._te is not None:
+            return self._te.Linear(in_size, out_size, **self._te_common(bias), split="row")
         return Row(in_size, out_size, **self._common(bias), input_is_parallel=True)
 
-    def replicated(self, in_size: int, out_size: int, *, bias: bool = True) -> nn.Linear:
+    def replicated(self, in_size: int, out_size: int, *, bias: bool = True) -> "Replicated | te.Linear":
         """Linear that every tensor-parallel rank computes in full, on the same input.
 
         Its gradients are right if its output is used by all ranks alike, e.g. added to a row's output or fed
         to a column: a column sums its input's gradient over the ranks. With sequence parallelism the input is
         the rank's own tokens (see `mark_partial_gradients`).
         """
-        return nn.Linear(in_size, out_size, bias=bias, dtype=self.config.params_dtype)
+        if self._te is not None:
+            return self._te.Linear(in_size, out_size, **self._te_common(bias), split=None)
+        return Replicated(in_size, out_size, bias=bias, config=self.config, mesh=self.mesh)
 
     def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
         """RMSNorm over one head's channels, for queries and keys."""
@@ -266,3 +210,6 @@ class Layers:
             skip_bias_add=False,
             tp_group=self.mesh.groups.tp,
         )
+
+    def _te_common(self, bias: bool) -> dict[str, Any]:
+        return dict(bias=bias, config=self.config, mesh=self.mesh)

@@ -78,8 +78,7 @@ def test_head_norm_has_unit_mean_square_before_its_weight(mesh: Mesh) -> None:
     )
 
 
-def test_transformer_engine_layers_are_refused_until_they_exist(mesh: Mesh) -> None:
-    with pytest.raises(
-        ValueError, match="parallel.backend = te.* not available yet. Set parallel.backend=local"
-    ):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_transformer_engine_without_a_gpu_is_refused_with_the_way_out(mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match="te, but .* needs a GPU .* Or set parallel.backend=local"):
         transformer_config(8, 2, torch.float32, mesh, ParallelConfig(backend="te"))

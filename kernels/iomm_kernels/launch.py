@@ -72,8 +72,8 @@ def resolve(name: str, provider: str, device_type: str, dtype: torch.dtype = tor
     if provider not in PROVIDERS:
         raise ValueError(f"{name}: provider {provider!r} is none of {', '.join(PROVIDERS)}.")
     problems: dict[str, str | None] = {
-        "triton": _triton_problem(device_type),
-        "csrc": csrc.problem(name) if device_type in ("cpu", "cuda") else f"has no {device_type} operators",
+        "triton": triton_problem(device_type),
+        "csrc": csrc.problem(name, device_type),
     }
     if dtype == torch.float64:
         problems = dict.fromkeys(problems, "computes in fp32 and does not take float64")
@@ -98,7 +98,7 @@ def _automatic(name: str, device_type: str, problems: dict[str, str | None]) -> 
     return choice
 
 
-def _triton_problem(device_type: str) -> str | None:
+def triton_problem(device_type: str) -> str | None:
     if not HAS_TRITON:
         return "is not installed (pip install triton)"
     if device_type == "cuda":
@@ -111,6 +111,23 @@ def _triton_problem(device_type: str) -> str | None:
 def contiguous_rows(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def vjp(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], gradients: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of `function(*inputs)` in plain PyTorch: the eager half of a backward operator.
+
+    torch.library runs operators below autograd, which therefore records nothing; this puts its dispatch keys
+    back. (torch.func.vjp would do, but not under the modes of opcheck and of tracing.)
+    """
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        found = torch.autograd.grad(function(*leaves), leaves, gradients)
+    return tuple(gradient.clone() for gradient in found)
 
 
 def tensor_bytes(*values: Any) -> int:

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from iomm_kernels import shapes
-from iomm_kernels.launch import contiguous_rows, jit, next_power_of_2, resolve, tensor_bytes, tl, triton
+from iomm_kernels.launch import contiguous_rows, jit, next_power_of_2, resolve, tensor_bytes, tl, triton, vjp
 from iomm_kernels.record import Case, Compile, Op, draw
 
 NORMS = ("layer", "rms")
 SPLIT_TOKENS = 32  # tokens a backward program sums over
-TILES = 2  # tiles of a forward program, which share the sample's vectors
+TILES = 4  # tiles of a forward program, which share the sample's vectors
+FORWARD_NUMBERS, BACKWARD_NUMBERS = 16, 8  # of a tensor's tile a thread: half the warps stay resident
 
 
 # --- reference ------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def _forward_kernel(
 def tile(D: int, numbers: int) -> tuple[int, int, int]:
     """(W, R, warps) of a tile of about this many numbers a thread."""
     W = next_power_of_2(D)
-    warps = max(1, min(8, W // 512))
+    warps = max(1, min(16, W // 256))
     return W, max(1, numbers * 32 * warps // W), warps
 
 
@@ -105,7 +106,7 @@ def _forward_triton(
     shift = scale_BD if shift_BD is None else contiguous_rows(shift_BD)
     (L, B, D), y_LBD = x_LBD.shape, torch.empty_like(x_LBD)
     if y_LBD.numel():
-        W, R, warps = tile(D, 32)
+        W, R, warps = tile(D, FORWARD_NUMBERS)
         _forward_kernel[(triton.cdiv(L, R * TILES), B)](
             x_LBD, shift, scale_BD, y_LBD, L, B, shift.stride(0), scale_BD.stride(0), eps, D=D,
             W=W, R=R, TILES=TILES, RMS=norm == "rms", SHIFT=shift_BD is not None, num_warps=warps,
@@ -169,7 +170,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor]:
     dy_LBD, x_LBD, scale_BD = dy_LBD.contiguous(), x_LBD.contiguous(), contiguous_rows(scale_BD)
     (L, B, D), dx_LBD = x_LBD.shape, torch.empty_like(x_LBD)
-    W, R, warps = tile(D, 16)
+    W, R, warps = tile(D, BACKWARD_NUMBERS)
     tiles = max(1, SPLIT_TOKENS // R)
     splits = triton.cdiv(L, R * tiles)
     partial = torch.empty(2, splits, B, D, dtype=torch.float32, device=x_LBD.device)
@@ -179,23 +180,6 @@ def _backward_triton(
             TILES=tiles, RMS=norm == "rms", num_warps=warps,
         )  # fmt: skip
     return dx_LBD, partial.sum(1).to(scale_BD.dtype)
-
-
-def pull_back(g: Tensor, x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    """n(x) and the gradient of x for the gradient g of n(x), in plain PyTorch."""
-    x = x if norm == "rms" else x - x.mean(-1, keepdim=True)
-    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    n, g = x * rstd, g if norm == "rms" else g - g.mean(-1, keepdim=True)
-    return n, rstd * (g - n * (g * n).mean(-1, keepdim=True))
-
-
-def _backward_eager(
-    dy_LBD: Tensor, x_LBD: Tensor, scale_BD: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x_LBD.dtype, torch.float32)
-    dy, x, scale = (tensor.to(dtype) for tensor in (dy_LBD, x_LBD, scale_BD))
-    n, dx = pull_back(dy * (1 + scale), x, norm, eps)
-    return dx.to(x_LBD.dtype), torch.stack((dy.sum(0), (dy * n).sum(0))).to(scale_BD.dtype)
 
 
 # --- autograd -------------------------------------------------------------------------------------------
@@ -231,7 +215,11 @@ def _modulate_backward(
     if chosen == "csrc":
         return torch.ops.iomm_csrc.modulate_backward(dy_LBD, x_LBD, scale_BD, norm == "rms", eps)
 
-    return _backward_eager(dy_LBD, x_LBD, scale_BD, norm, eps)
+    def function(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return reference(x, shift, scale, norm, eps)
+
+    dx, *vectors = vjp(function, (x_LBD, torch.zeros_like(scale_BD), scale_BD), dy_LBD)
+    return dx, torch.stack(vectors)
 
 
 @_modulate_backward.register_fake
@@ -330,7 +318,7 @@ def vector_reads(x_LBD: Tensor, tokens: int) -> int:
 
 
 def _bytes_issued(x_LBD: Tensor, shift_BD: Tensor | None, scale_BD: Tensor, *_: Any) -> int:
-    reads = vector_reads(x_LBD, tile(x_LBD.shape[-1], 32)[1] * TILES)
+    reads = vector_reads(x_LBD, tile(x_LBD.shape[-1], FORWARD_NUMBERS)[1] * TILES)
     return tensor_bytes(x_LBD, x_LBD) + reads * tensor_bytes(shift_BD, scale_BD)
 
 
@@ -348,7 +336,7 @@ def _compiles() -> tuple[Compile, ...]:
         step = shapes.step(preset, 512)
         L, B, D, size = step.tokens, step.samples, step.hidden_size, 2
         rms, numbers = norm == "rms", L * step.samples * D
-        W, R, warps = tile(D, 32)
+        W, R, warps = tile(D, FORWARD_NUMBERS)
         vector, reads = size * B * D, triton.cdiv(L, R * TILES)
         found.append(
             Compile(
@@ -366,7 +354,7 @@ def _compiles() -> tuple[Compile, ...]:
                 bytes_actual=2 * size * numbers + (2 - rms) * vector * reads,
             )
         )
-        W, R, warps = tile(D, 16)
+        W, R, warps = tile(D, BACKWARD_NUMBERS)
         tiles = max(1, SPLIT_TOKENS // R)
         splits = triton.cdiv(L, R * tiles)
         found.append(
@@ -379,7 +367,7 @@ def _compiles() -> tuple[Compile, ...]:
                 constexprs={"D": D, "W": W, "R": R, "TILES": tiles, "RMS": rms},
                 aligned=("dy_ptr", "x_ptr", "scale_ptr", "dx_ptr", "partial_ptr", "scale_stride"),
                 num_warps=warps,
-                min_occupancy=0.25,
+                min_occupancy=0.5,
                 streaming=True,
                 bytes_min=3 * size * numbers + 3 * vector,
                 bytes_actual=3 * size * numbers + splits * (vector + 2 * 4 * B * D),

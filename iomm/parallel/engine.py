@@ -259,7 +259,6 @@ class _Wrapper:
             self.config,
             settings,
             stage,
-            disable_bucketing=not bucketed,
             pg_collection=groups,
             full_param_layout=layout,
         )

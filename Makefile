@@ -2,21 +2,27 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup demo test lint smoke bench clean
+.PHONY: help setup kernels demo test lint smoke bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ARGS=... is passed on to the command, PY=... picks another Python."
 
 setup:  ## make .venv (once: about 3 minutes and 6 GB; instant afterwards)
 	@if [ "$(PY)" = .venv/bin/python ]; then tools/bootstrap.sh; fi
+
+kernels: setup  ## compile csrc/ for this machine, where it has a C++ compiler (and nvcc); optional, about half a minute
+	@PYTHONPATH=kernels $(PY) -m iomm_kernels.build
 
 demo: setup  ## both stages on the embedded images, samples and a report (at most 12 minutes on 2 CPU cores)
 	@$(PY) -m iomm.cli demo $(ARGS)
 
 test: setup  ## the test suite
 	@$(PY) -m pytest -q $(ARGS)
+
+test-parallel: setup  ## every layout on 1, 2 and 4 processes against one, checkpoints between all of them
+	@$(PY) -m pytest -q -m parallel $(ARGS)
 
 lint: setup  ## ruff, basedpyright, import-linter
 	@$(PY) -m ruff check .

@@ -1,0 +1,186 @@
+"""Builds the compiled operators: csrc/*.cpp into one library, csrc/*.cu into another.
+
+    python -m iomm_kernels.build        what this machine's compilers allow, beside this file (`make kernels`)
+
+Sources see torch through its stable ABI only, so a library serves every Python and every torch from 2.10 on.
+A file `<library>.digest` holds the digest of what a library was built from: an unchanged one is left alone,
+and `iomm_kernels.csrc` refuses one that is older than its sources.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "csrc"  # of a checkout; an installed package has none
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+HIDE = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """One library, the suffix of its sources and the compiler that makes it."""
+
+    name: str
+    suffix: str
+    compiler: str
+    variable: str  # environment variable that names another compiler
+    flags: tuple[str, ...]
+    links: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.abi3.so"
+
+    def sources(self) -> list[Path]:
+        return sorted(SOURCES.glob(f"*{self.suffix}"))
+
+    def digest(self) -> str:
+        """Of everything the library is made from, this file included."""
+        files = (*self.sources(), *sorted(SOURCES.glob("*.h")), Path(__file__))
+        return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+    def program(self) -> str | None:
+        """Path of the compiler; None where there is none."""
+        return shutil.which(os.environ.get(self.variable) or self.compiler)
+
+    def problem(self) -> str | None:
+        """Why it cannot be built here; None if it can."""
+        if not self.sources():
+            return "has no sources here (csrc/ of a checkout)"
+        if self.program() is None:
+            asked = os.environ.get(self.variable)
+            return f"needs a compiler {asked or self.compiler!r} on PATH, or another named in {self.variable}"
+        folder = torch_folder()
+        if folder is None:
+            return "needs torch's headers, and torch is not installed for this Python"
+        if self.suffix == ".cu" and not (folder / "lib" / "libtorch_cuda.so").exists():
+            return "needs a CUDA build of torch; the installed one is for CPUs only"
+        return None
+
+
+CPU = Library(
+    name="_csrc",
+    suffix=".cpp",
+    compiler="c++",
+    variable="CXX",
+    flags=("-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *HIDE),
+    links=("-ltorch_cpu",),
+)
+CUDA = Library(
+    name="_csrc_cuda",
+    suffix=".cu",
+    compiler="nvcc",
+    variable="NVCC",
+    flags=("-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", ",".join(HIDE)),
+    links=("-ltorch_cpu", "-ltorch_cuda"),
+)
+
+
+def torch_folder() -> Path | None:
+    """Where torch's include/ and lib/ are, found without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec("torch")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _torch() -> Path:
+    folder = torch_folder()
+    assert folder is not None, "torch is not installed"
+    return folder
+
+
+def compile_command(library: Library, source: Path, target: Path) -> list[str]:
+    """One source file to one object file."""
+    program = library.program()
+    assert program is not None, library.problem()
+    if library is CPU:
+        flags = [*OPTIMISE, *HIDE]
+    else:
+        hidden = ",".join(HIDE)
+        flags = [
+            "-O3",
+            "-std=c++20",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "--resource-usage",
+            "-Xcompiler",
+            hidden,
+        ]
+    return [
+        program,
+        *flags,
+        TORCH_TARGET,
+        "-isystem",
+        str(_torch() / "include"),
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
+
+
+def link_command(library: Library, objects: list[Path], target: Path, *folders: Path) -> list[str]:
+    """Object files to the library. It names torch's libraries without their folder: torch is in the process
+    when it is loaded. `folders` are searched for them besides torch's own."""
+    program = library.program()
+    assert program is not None, library.problem()
+    search = [f"-L{folder}" for folder in (_torch() / "lib", *folders)]
+    return [program, "-shared", *map(str, objects), *search, *library.links, "-o", str(target)]
+
+
+def build(library: Library, folder: Path, jobs: int = 2) -> Path:
+    """Build into `folder`, beside a file with the digest; what is there and unchanged is left alone.
+
+    Raises:
+        ValueError: it cannot be built here.
+        RuntimeError: the compiler failed; the message is the compiler's.
+    """
+    if problem := library.problem():
+        raise ValueError(f"{library.file} {problem}.")
+    target, record = folder / library.file, folder / f"{library.file}.digest"
+    digest = library.digest()
+    if target.exists() and record.exists() and record.read_text() == digest:
+        return target
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in library.sources()]
+        commands = [compile_command(library, s, o) for s, o in zip(library.sources(), objects, strict=True)]
+        list(pool.map(run, commands))
+        made = Path(scratch) / library.file
+        run(link_command(library, objects, made))
+        record.unlink(missing_ok=True)
+        shutil.copy(made, folder / f".{library.file}.tmp")
+        os.replace(folder / f".{library.file}.tmp", target)  # a process that has the old one open keeps it
+    record.write_text(digest)
+    return target
+
+
+def run(command: list[str]) -> str:
+    """Standard output and errors of a compiler.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def main() -> int:
+    """Build what can be built here; a missing compiler is said and is no failure, a failing one is."""
+    for library in (CPU, CUDA):
+        if problem := library.problem():
+            sys.stdout.write(f"{library.file}: not built, it {problem}\n")
+        else:
+            sys.stdout.write(f"{build(library, HERE)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ARGS=... is passed on to the command, PY=... picks another Python."
 
 setup:  ## make .venv (once: about 3 minutes and 6 GB; instant afterwards)

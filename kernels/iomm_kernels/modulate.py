@@ -247,7 +247,7 @@ _modulate.register_autograd(_differentiate, setup_context=_setup)
 # --- public function ------------------------------------------------------------------------------------
 
 
-def check_inputs(name: str, x_LBD: Tensor, norm: str, **vectors: Tensor | None) -> None:
+def check_inputs(name: str, x_LBD: Tensor, norm: str = "layer", **vectors: Tensor | None) -> None:
     """Raises ValueError where shapes, dtypes or the norm do not fit together."""
     if norm not in NORMS:
         raise ValueError(f"{name}: norm {norm!r} is none of {', '.join(NORMS)}.")

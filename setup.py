@@ -4,9 +4,9 @@ is in pyproject.toml.
 `iomm_kernels` lies in kernels/, a folder that is no package itself: the top-level name `kernels` belongs to
 another project that transformers looks for.
 
-csrc/ is compiled into a wheel where torch and a compiler are there. pip's isolated builds see no torch, so that
-needs `pip wheel --no-build-isolation .`; a checkout builds in place with `make kernels`. Without csrc/ the
-package works.
+csrc/ is compiled into a wheel where torch and a compiler are there. pip's isolated builds see no torch, so
+that needs `pip wheel --no-build-isolation .`; a checkout builds in place with `make kernels`. Without csrc/
+the package works.
 """
 
 import sys

@@ -100,29 +100,8 @@ def compile_command(library: Library, source: Path, target: Path) -> list[str]:
     """One source file to one object file."""
     program = library.program()
     assert program is not None, library.problem()
-    if library is CPU:
-        flags = [*OPTIMISE, *HIDE]
-    else:
-        hidden = ",".join(HIDE)
-        flags = [
-            "-O3",
-            "-std=c++20",
-            "-gencode=arch=compute_90a,code=sm_90a",
-            "--resource-usage",
-            "-Xcompiler",
-            hidden,
-        ]
-    return [
-        program,
-        *flags,
-        TORCH_TARGET,
-        "-isystem",
-        str(_torch() / "include"),
-        "-c",
-        str(source),
-        "-o",
-        str(target),
-    ]
+    includes = ["-isystem", str(_torch() / "include")]
+    return [program, *library.flags, TORCH_TARGET, *includes, "-c", str(source), "-o", str(target)]
 
 
 def link_command(library: Library, objects: list[Path], target: Path, *folders: Path) -> list[str]:

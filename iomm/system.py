@@ -31,6 +31,7 @@ from iomm.model.mmdit import MMDiT, unvaried_inputs
 from iomm.model.single_stream import SingleStreamDiT
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.engine import DTYPES
+from iomm.parallel.fp8 import fp8_region, use_fp8
 from iomm.parallel.mesh import Mesh
 from iomm.parallel.relay import Pass, Relay
 from iomm.parallel.stages import Chunk, chunks_of, split, whole
@@ -102,6 +103,7 @@ class System(nn.Module):
                 parameter.shared_by_all = True  # type: ignore[attr-defined]
         self._relay = Relay(mesh, dtype) if mesh.pp_size > 1 else None
         self._chunks = [Chunked(chunk, self) for chunk in self.stages]
+        self._fp8 = fp8_region(config.fp8, self.backend_config, mesh)
 
     @property
     def shared(self) -> nn.Module | None:
@@ -203,17 +205,19 @@ class System(nn.Module):
         """The first chunk: what it carries on, or of a whole generator the output (B, L, C)."""
         condition_BTE, attend_BT = condition
         constants = unvaried_inputs(self.config.generator, len(t_B), t_B.device)
-        if self.stages[0].last:
-            positions_L3 = self._positions(t_B.device)
-            return self.generator(x_t_BLC, t_B, condition_BTE, positions_L3, attend_BT, **constants)
-        carried_SBD = self.generator.enter(x_t_BLC, t_B, condition_BTE, attend_BT, **constants)
-        return self._next(self.stages[0], carried_SBD, Pass(condition_BTE.shape[1], attend_BT))
+        with self._fp8():
+            if self.stages[0].last:
+                positions_L3 = self._positions(t_B.device)
+                return self.generator(x_t_BLC, t_B, condition_BTE, positions_L3, attend_BT, **constants)
+            carried_SBD = self.generator.enter(x_t_BLC, t_B, condition_BTE, attend_BT, **constants)
+            return self._next(self.stages[0], carried_SBD, Pass(condition_BTE.shape[1], attend_BT))
 
     def _next(self, chunk: Chunk, carried_SBD: Tensor, what: Pass) -> Tensor:
         """The blocks of a chunk; behind the last one the generator's output (B, L, C)."""
         positions_L3 = self._positions(carried_SBD.device)
-        out = self.generator.run(carried_SBD, chunk, positions_L3, what.condition_tokens, what.attend_BT)
-        return self.generator.leave(out, len(positions_L3)) if chunk.last else out
+        with self._fp8():
+            out = self.generator.run(carried_SBD, chunk, positions_L3, what.condition_tokens, what.attend_BT)
+            return self.generator.leave(out, len(positions_L3)) if chunk.last else out
 
     def _positions(self, device: torch.device) -> Tensor:
         side = math.isqrt(self.shapes.latent_LC[0])
@@ -307,7 +311,8 @@ def build(config: Config, shapes: Shapes, mesh: Mesh, encoders: Encoders | None 
         share = mesh.broadcast_object(share)
     system = System(config, shapes, mesh, plan_stages(config, shapes, mesh.pp_rank, share))
     initialize(system, config.train.seed, mesh.tp_rank, mesh.tp_size)
-    return system.to(mesh.device)
+    use_fp8(system.to(mesh.device), config.fp8)
+    return system
 
 
 def micro_batch(system: System, encoders: Encoders, item: Encoded) -> MicroBatch:

@@ -71,6 +71,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.condition = StreamWeights(layers, config)
         self.image = StreamWeights(layers, config)
+        self.attend = layers.attention(config.heads, config.hidden_size // config.heads)
         self.last = last
         if last:
             self.condition.attention_out.requires_grad_(False)
@@ -90,9 +91,10 @@ class DoubleBlock(nn.Module):
         q, k = rotate(q, rope_), rotate(k, rope_)
         t, x_length = c_qkv[0].shape[0], x_qkv[0].shape[0]  # of the gathered streams
         if self.last:
-            x_attended = attention(q[t:], k, v, attend_BS)
+            x_attended = attention(q[t:], k, v, attend_BS, self.attend)
         else:
-            c_attended, x_attended = attention(q, k, v, attend_BS).split((t, x_length))
+            attended = attention(q, k, v, attend_BS, self.attend)
+            c_attended, x_attended = attended.split((t, x_length))
             c_TBD = self.condition.update(c_TBD, c_attended, *c_gates)
         return c_TBD, self.image.update(x_LBD, x_attended, *x_gates)
 
@@ -107,6 +109,7 @@ class SingleBlock(nn.Module):
         self.modulation = Modulation(layers, d, 3)
         self.qkv = layers.column(d, 3 * d)
         self.norm = QueryKeyNorm(layers, self.head_size)
+        self.attend = layers.attention(config.heads, self.head_size)
         self.mlp_in = layers.column(d, inner)
         # FLUX has one linear over [attention | mlp]; as two row-parallel ones each half splits by whole
         # columns.
@@ -118,6 +121,6 @@ class SingleBlock(nn.Module):
         h = modulate(s_SBD, shift, scale)
         q, k, v = split_heads(self.qkv(h), self.head_size)
         q, k = self.norm(q, k)
-        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS)
+        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS, self.attend)
         mlp = self.mlp_out(functional.gelu(self.mlp_in(h), approximate="tanh"))
         return s_SBD + gate * (self.attention_out(attended) + mlp)

@@ -66,6 +66,7 @@ class Block(nn.Module):
         self.head_size = d // config.heads
         self.qkv = layers.column(d, 3 * d, bias=False)
         self.norm = QueryKeyNorm(layers, self.head_size, eps=NORM_EPS)
+        self.attend = layers.attention(config.heads, self.head_size)
         self.attention_out = layers.row(d, d, bias=False)
         self.mlp = SwiGlu(layers, d)
         self.attention_norm_in = RmsNorm(layers, d, affine=config.norm_affine)
@@ -81,8 +82,9 @@ class Block(nn.Module):
         h = scaled(self.attention_norm_in(s_SBD), scale_attention)
         q, k, v = split_heads(self.qkv(h), self.head_size)
         q, k = self.norm(q, k)
-        attended = self.attention_out(attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS))
-        s_SBD = s_SBD + _gated(self.attention_norm_out(attended), gate_attention)
+        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS, self.attend)
+        update = self.attention_norm_out(self.attention_out(attended))
+        s_SBD = s_SBD + _gated(update, gate_attention)
         mlp = self.mlp(scaled(self.mlp_norm_in(s_SBD), scale_mlp))
         return s_SBD + _gated(self.mlp_norm_out(mlp), gate_mlp)
 

@@ -5,6 +5,7 @@ B samples, L tokens, D channels, H heads on this rank, K channels of a head.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,21 @@ def split_heads(qkv_LBE: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
-def attention(q_LBHK: Tensor, k_LBHK: Tensor, v_LBHK: Tensor, attend_BL: Tensor | None) -> Tensor:
-    """Full attention -> (L, B, H * K). `attend_BL`: True where a key may be attended to; None: everywhere."""
+def attention(
+    q_LBHK: Tensor,
+    k_LBHK: Tensor,
+    v_LBHK: Tensor,
+    attend_BL: Tensor | None,
+    own: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+) -> Tensor:
+    """Full attention -> (L, B, H * K).
+
+    Args:
+        attend_BL: True where a key may be attended to; None: everywhere.
+        own: the backend's, if it has one, for the latter (`Layers.attention`).
+    """
+    if own is not None and attend_BL is None:
+        return own(q_LBHK, k_LBHK, v_LBHK)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_LBHK, k_LBHK, v_LBHK))
     mask = None if attend_BL is None else attend_BL[:, None, None, :]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)

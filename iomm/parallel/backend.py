@@ -145,6 +145,15 @@ class Layers:
             return self._te.Linear(in_size, out_size, **self._te_common(bias), split=None)
         return Replicated(in_size, out_size, bias=bias, config=self.config, mesh=self.mesh)
 
+    def attention(self, heads: int, head_size: int) -> "te.Attention | None":
+        """The backend's own attention over a rank's part of `heads`, in which every query attends to every
+        key; None: torch's.
+
+        With keys that are not attended to, torch's serves all backends: Transformer Engine's fast kernels
+        know masks by length only, and ours have gaps in the middle of a sequence.
+        """
+        return None if self._te is None else self._te.Attention(self.heads_per_rank(heads), head_size)
+
     def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
         """RMSNorm over one head's channels, for queries and keys."""
         return HeadNorm(head_size, eps=eps, config=self.config, mesh=self.mesh)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from iomm.config import OptimizerConfig, ParallelConfig, TrainConfig
 from iomm.parallel import cpu, muon
 from iomm.parallel.ema import Ema
+from iomm.parallel.fp8 import finish_fp8_step, fp8_state, load_fp8_state
 from iomm.parallel.masters import copy_boxes, sharded_pieces, state_tensors
 from iomm.parallel.mesh import Mesh
 from iomm.parallel.optimizer import DTYPES, Optimizer
@@ -134,6 +135,7 @@ class Engine:
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if not skipped:
             self._update(grad_norm)
+        finish_fp8_step(self.module, self.mesh, skipped=skipped)
         self.steps_done += 1
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, skipped=skipped, metrics=metrics)
 
@@ -156,6 +158,8 @@ class Engine:
         }
         if self.ema is not None:
             state["ema"] = sharded_pieces(self.ema.weights, owned, "ema.", self.mesh)
+        if scales := fp8_state(self.module):
+            state["fp8"] = sharded(scales, scales, "fp8.", self.mesh)
         return state | {"steps_done": self.steps_done, "updates_done": self.updates_done}
 
     @torch.no_grad()
@@ -167,6 +171,7 @@ class Engine:
             copy_boxes(tensors, state["optimizer"][key])
         if self.ema is not None:
             copy_boxes(self.ema.weights, state["ema"])
+        load_fp8_state(self.module, state.get("fp8", {}))
         self.steps_done, self.updates_done = state["steps_done"], state["updates_done"]
         self._optimizer.set_updates(self.updates_done)
 

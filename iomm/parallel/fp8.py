@@ -8,18 +8,25 @@ the optimizer and everything between two linears stay as they are.
 H steps of history.
 """
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from iomm.config import Fp8Config
+from iomm.parallel import cpu
 from iomm.parallel.fp8_emulation import Delayed, Emulation
 from iomm.parallel.mesh import Mesh
+
+cpu.prepare()  # before the first import of Megatron
+
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 
 @runtime_checkable
@@ -69,8 +76,21 @@ def use_fp8(module: nn.Module, settings: Fp8Config) -> list[str]:
     return names
 
 
+def fp8_region(
+    settings: Fp8Config, config: TransformerConfig, mesh: Mesh
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes the context for one forward pass of a chunk, in which its linears compute in FP8.
+
+    Args:
+        config: with which the chunk's layers were made.
+    """
+    if settings.recipe == "none" or config.transformer_impl == "local":
+        return contextlib.nullcontext
+    return importlib.import_module("iomm.parallel.te").fp8_region(settings, mesh)
+
+
 @torch.no_grad()
-def finish_step(module: nn.Module, mesh: Mesh, *, skipped: bool = False) -> None:
+def finish_fp8_step(module: nn.Module, mesh: Mesh, *, skipped: bool = False) -> None:
     """Move the emulation's delayed scales on; all ranks call it after every optimizer step.
 
     Transformer Engine moves its own.

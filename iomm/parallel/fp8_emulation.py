@@ -13,9 +13,9 @@ The recipes are Transformer Engine's of the same name; E4M3 reaches 448, E5M2 57
                its operands have their blocks along the tokens (arXiv 2412.19437 section 3.3)
 
 A layout changes no number: an amax is the whole tensor's, over tensor-parallel ranks where these hold parts
-of it, and a delayed scale changes once a step (`push`), by the largest amax of the step's micro-batches and
-data-parallel ranks. (Transformer Engine itself reduces less, and moves its scales at every micro-batch.)
-Blocks follow the whole tensor where a rank's part is a multiple of 128 wide.
+of it, and a delayed scale changes once a step (`Delayed.push`), by the largest amax of the step's
+micro-batches and data-parallel ranks. (Transformer Engine itself reduces less, and moves its scales at every
+micro-batch.) Blocks follow the whole tensor where a rank's part is a multiple of 128 wide.
 
 M tokens (all leading axes), N outputs, K inputs, H steps of history.
 """

@@ -137,3 +137,18 @@ def inputs(
         torch.randn(samples, t, CONDITION_WIDTH, dtype=torch.float64),
         grid_positions(rows, columns),
     )
+
+
+def saved_bytes(model: nn.Module, given: tuple) -> int:
+    """Bytes of activations that the forward pass keeps for the backward pass."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model(*given)
+    del out
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)

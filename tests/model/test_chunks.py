@@ -11,7 +11,17 @@ from iomm.config import ParallelConfig
 from iomm.model import recompute
 from iomm.model.packed import local_length
 from iomm.model.padding import padded
-from tests.model.small_models import FLUX, Z_IMAGE, copy_weights, inputs, make, perturbed, relay, stages
+from tests.model.small_models import (
+    FLUX,
+    Z_IMAGE,
+    copy_weights,
+    inputs,
+    make,
+    perturbed,
+    relay,
+    saved_bytes,
+    stages,
+)
 
 FAMILIES = pytest.mark.parametrize("config", [FLUX, Z_IMAGE], ids=["flux", "z_image"])
 RAGGED = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -64,21 +74,6 @@ def test_members_of_all_chunks_are_the_model_each_weight_once_and_by_its_name(co
     assert all(weight is weights[name] for name, weight in held)
 
 
-def _saved_bytes(model: nn.Module, given: tuple) -> int:
-    """Bytes of activations that the forward pass keeps for the backward pass."""
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    storages = {}
-
-    def pack(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = model(*given)
-    del out
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)
-
-
 @FAMILIES
 def test_recomputation_keeps_less_the_more_it_computes_again(config, monkeypatch):
     # Selectively kept results show up in the count only if asked to.
@@ -86,7 +81,7 @@ def test_recomputation_keeps_less_the_more_it_computes_again(config, monkeypatch
     monkeypatch.setattr(recompute, "checkpoint", honest)
     given = inputs(rows=8, columns=8, t=32)
     saved = {
-        mode: _saved_bytes(make(config, parallel=ParallelConfig(recompute=mode)), given)
+        mode: saved_bytes(make(config, parallel=ParallelConfig(recompute=mode)), given)
         for mode in ("none", "selective", "full")
     }
     assert saved["full"] < saved["selective"] / 3 and saved["selective"] < 0.6 * saved["none"], saved

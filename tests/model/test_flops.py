@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import GeneratorConfig
 from iomm.flow.path import grid_positions
-from iomm.model.flops import generator_forward_flops
+from iomm.model.flops import block_costs, first_cost, generator_forward_flops, last_cost
 from iomm.model.mmdit import unvaried_inputs
-from tests.model.small_models import make
+from tests.model.small_models import FLUX, Z_IMAGE, make, stages
 from tests.model.test_single_stream import SMALL
 
 
@@ -52,3 +52,30 @@ def test_formula_of_the_single_stream_family_equals_the_counted_operators(tokens
             model(*arguments)
     formula = generator_forward_flops(config, rows * columns, condition_tokens)
     assert abs(counter.get_total_flops() / formula - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FLUX, dataclasses.replace(FLUX, double_blocks=3, single_blocks=0), Z_IMAGE],
+    ids=["flux", "flux without single blocks", "z_image"],
+)
+def test_costs_of_entry_blocks_and_exit_equal_the_counted_operators_of_chunks(config):
+    tokens, chunks = (32, 7), stages(config, 3, 1)
+    costs = block_costs(config, *tokens)
+
+    def counted(call, *arguments):
+        with FlopCounterMode(display=False) as counter:
+            result = call(*arguments)
+        return result, counter.get_total_flops()
+
+    with torch.device("meta"):
+        model, positions = make(config), grid_positions(4, 8)
+        x, condition = torch.empty(1, 32, config.token_channels), torch.empty(1, 7, config.condition_width)
+        packed, flops = counted(model.enter, x, torch.empty(1), condition, positions)
+        assert flops == first_cost(config, *tokens)
+        for (chunk,) in chunks:
+            packed, flops = counted(model.run, packed, chunk, positions, 7)
+            assert flops == sum(costs[i] for i in chunk.blocks)
+        _, flops = counted(model.leave, packed, 32)
+        assert flops == last_cost(config, *tokens)
+    assert generator_forward_flops(config, *tokens) == flops + sum(costs) + first_cost(config, *tokens)

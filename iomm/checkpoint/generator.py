@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iomm.checkpoint.sharded import find, load_weights, read_info
-from iomm.config import Config, ParallelConfig
+from iomm.config import Config, Fp8Config, ParallelConfig
 from iomm.encoders import Encoders
 from iomm.parallel.mesh import start
 from iomm.system import System, build
@@ -22,8 +22,9 @@ def open_generator(path: Path, *, ema: bool) -> tuple[Config, Encoders, System]:
     """
     checkpoint = find(path)
     config = Config.from_dict(read_info(checkpoint).config)
-    # Whole, in this process, whatever the layout that it was trained in.
-    config = replace(config, parallel=ParallelConfig(backend=config.parallel.backend))
+    # Whole, in this process and in the compute precision, whatever the layout that it was trained in.
+    parallel = ParallelConfig(backend=config.parallel.backend)
+    config = replace(config, parallel=parallel, fp8=Fp8Config())
     mesh = start(config.parallel)
     encoders = Encoders(config, mesh.device)
     system = build(config, encoders.shapes, mesh).eval().requires_grad_(False)

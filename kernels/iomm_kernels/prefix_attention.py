@@ -13,6 +13,7 @@ Maths, shapes, numerics and bytes: `ragged_attention_kernels`.
 prefix in every layer, and always computes the prefix's gradients. This is a count, not a measurement.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _call(
     scale: float | None = None,
 ) -> Call:
     longest = len(k_TGK) if longest is None else longest
-    scale = q_BQHK.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(q_BQHK.shape[-1]) if scale is None else scale
     return Call(q_BQHK, k_TGK, v_TGK, own_k_BQGK, own_v_BQGK, cu_S, shown_T, longest, scale)
 
 
@@ -98,8 +99,10 @@ def _case(name: str, lengths: tuple[int, ...], Q: int, heads: tuple[int, int, in
 def _strided(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """Heads before rows in memory, as a transformers cache has them."""
     call = records.make(Shape(lengths=(5, 3), Q=4, H=2, G=2, K=16, own=True), dtype, device)
-    turned = (x.transpose(-3, -2).contiguous().transpose(-3, -2) for x in call[:5] if x is not None)
-    return _arguments(Call(*turned, *call[5:]))
+    return tuple(
+        x.transpose(-3, -2).contiguous().transpose(-3, -2) if isinstance(x, Tensor) and x.ndim > 2 else x
+        for x in _arguments(call)
+    )
 
 
 def _bench(preset: str, side_px: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

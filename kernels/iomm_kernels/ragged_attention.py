@@ -54,10 +54,12 @@ def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     slot_P = torch.arange(call.longest, device=call.cu_S.device)
     inside_BP = slot_P < (call.cu_S[1:] - call.cu_S[:-1])[:, None]
     row_BP = torch.where(inside_BP, call.cu_S[:-1, None] + slot_P, 0).long()
+    outside_BP11 = ~inside_BP[..., None, None]  # may hold anything
     if call.shown_T is not None:
         inside_BP = inside_BP & call.shown_T[row_BP]
     k_BPGK, v_BPGK = (
-        x[row_BP] if len(x) else x.new_zeros((*row_BP.shape, *x.shape[1:])) for x in (call.k_TGK, call.v_TGK)
+        (x[row_BP] if len(x) else x.new_zeros((*row_BP.shape, *x.shape[1:]))).masked_fill(outside_BP11, 0)
+        for x in (call.k_TGK, call.v_TGK)
     )
     visible_BQP = inside_BP[:, None].expand(B, Q, -1)
     if call.own_k_BQGK is not None and call.own_v_BQGK is not None:
@@ -104,11 +106,11 @@ def sdpa(call: Call) -> Tensor:
         return _attend(call.q_BQHK, *_padded(call), call.scale)
     bounds, rows = call.cu_S.tolist(), []
     for b, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        own = (None if x is None else x[b : b + 1] for x in (call.own_k_BQGK, call.own_v_BQGK))
+        own_k, own_v = (None if x is None else x[b : b + 1] for x in (call.own_k_BQGK, call.own_v_BQGK))
         shown = None if call.shown_T is None else call.shown_T[start:stop]
         cu_S = call.cu_S.new_tensor([0, stop - start])
         k, v = call.k_TGK[start:stop], call.v_TGK[start:stop]
-        one = Call(call.q_BQHK[b : b + 1], k, v, *own, cu_S, shown, stop - start, call.scale)
+        one = Call(call.q_BQHK[b : b + 1], k, v, own_k, own_v, cu_S, shown, stop - start, call.scale)
         rows.append(_attend(one.q_BQHK, *_padded(one), call.scale))
     return torch.cat(rows)
 
@@ -192,9 +194,10 @@ def _backward(
     call = Call(q_BQHK, k_TGK, v_TGK, own_k_BQGK, own_v_BQGK, cu_S, shown_T, longest, scale)
     chosen = launch.resolve("ragged_attention_backward", provider, q_BQHK.device.type, q_BQHK.dtype)
     if chosen == "triton":
-        inputs = _kernel_inputs(call)
-        do = do_BQHK.to(inputs[0].dtype).contiguous()
-        grads = launch_backward(*inputs, lse_BHQ, do, longest if prefix else None)
+        q, k, v, own, cu, shown, _ = _kernel_inputs(call)
+        do = do_BQHK.to(q.dtype).contiguous()
+        bound = longest if prefix else None
+        grads = launch_backward(q, k, v, own, cu, shown, scale, lse_BHQ, do, bound)
         return [g.to(q_BQHK.dtype) for g in grads]
     names = _differentiated(own_k_BQGK is not None, prefix)
 

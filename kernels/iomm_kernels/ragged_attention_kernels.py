@@ -176,23 +176,27 @@ def dq_kernel(
     do_QK = _rows(do + at, query, Q, H * K, K, BK)
     lse_Q = tl.load(lse + statistics, mask=query < Q, other=0.0)
     delta_Q = tl.zeros((BQ,), tl.float32)
-    dq_QK = tl.zeros((BQ, BK), tl.float32)
-    for DELTA in tl.static_range(1, -1, -1):
-        acc = delta_Q if DELTA else dq_QK
-        acc = _sweep(
-            acc, q_QK, do_QK, query, lse_Q, delta_Q, k, v, cu, shown, b, h, Q, scale,
-            H, G, K, BK, BQ, BN, SHOWN, False, DELTA,
+    delta_Q = _sweep(
+        delta_Q, q_QK, do_QK, query, lse_Q, lse_Q, k, v, cu, shown, b, h, Q, scale,
+        H, G, K, BK, BQ, BN, SHOWN, False, True,
+    )  # fmt: skip
+    if OWN:
+        delta_Q = _sweep(
+            delta_Q, q_QK, do_QK, query, lse_Q, lse_Q, own_k, own_v, cu, shown, b, h, Q, scale,
+            H, G, K, BK, BQ, BN, False, True, True,
         )  # fmt: skip
-        if OWN:
-            acc = _sweep(
-                acc, q_QK, do_QK, query, lse_Q, delta_Q, own_k, own_v, cu, shown, b, h, Q, scale,
-                H, G, K, BK, BQ, BN, False, True, DELTA,
-            )  # fmt: skip
-        if DELTA:
-            delta_Q = acc
-            tl.store(delta + statistics, delta_Q, mask=query < Q)
-        else:
-            _store_rows(dq + at, acc * (scale / 1.4426950408889634), query, Q, H * K, K, BK)
+    tl.store(delta + statistics, delta_Q, mask=query < Q)
+    dq_QK = tl.zeros((BQ, BK), tl.float32)
+    dq_QK = _sweep(
+        dq_QK, q_QK, do_QK, query, lse_Q, delta_Q, k, v, cu, shown, b, h, Q, scale,
+        H, G, K, BK, BQ, BN, SHOWN, False, False,
+    )  # fmt: skip
+    if OWN:
+        dq_QK = _sweep(
+            dq_QK, q_QK, do_QK, query, lse_Q, delta_Q, own_k, own_v, cu, shown, b, h, Q, scale,
+            H, G, K, BK, BQ, BN, False, True, False,
+        )  # fmt: skip
+    _store_rows(dq + at, dq_QK * (scale / 1.4426950408889634), query, Q, H * K, K, BK)
 
 
 @jit

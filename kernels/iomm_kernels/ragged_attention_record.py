@@ -40,13 +40,15 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     s, T = shape, sum(shape.lengths) + shape.padding
     q_BQHK = draw(1, s.B, s.Q, s.H, s.K, dtype=dtype, device=device)
     k_TGK, v_TGK = (draw(seed, T, s.G, s.K, dtype=dtype, device=device) for seed in (2, 3))
-    own = [draw(seed, s.B, s.Q, s.G, s.K, dtype=dtype, device=device) if s.own else None for seed in (4, 5)]
+    own_k, own_v = (
+        draw(seed, s.B, s.Q, s.G, s.K, dtype=dtype, device=device) if s.own else None for seed in (4, 5)
+    )
     bounds = torch.tensor((0, *s.lengths), device=device).cumsum(0)
     for x in (k_TGK, v_TGK):
         x[sum(s.lengths) :] = torch.nan
     shown_T = torch.arange(T, device=device) % 3 != 0 if s.hidden else None
     longest = max(s.lengths, default=0)
-    return Call(q_BQHK, k_TGK, v_TGK, *own, bounds.int(), shown_T, longest, s.K**-0.5)
+    return Call(q_BQHK, k_TGK, v_TGK, own_k, own_v, bounds.int(), shown_T, longest, s.K**-0.5)
 
 
 def shape_of(call: Call) -> Shape:

@@ -45,15 +45,10 @@ def transformer_config(
     dtype: torch.dtype,
     mesh: Mesh,
     parallel: ParallelConfig,
-    *,
-    lengths_vary: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings for a model of this width; `dtype` is that of the parameters and of the
     computation.
 
-    Args:
-        lengths_vary: whether micro-batches differ in their number of tokens. Pipeline stages then tell each
-            other the length ahead of every tensor.
     Raises:
         ValueError: the backend is missing, or the heads do not divide over the tensor-parallel ranks.
     """
@@ -73,7 +68,10 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
-        variable_seq_lengths=lengths_vary,
+        # Stages tell each other the shape ahead of every tensor: micro-batches, and training and evaluation,
+        # may differ in their numbers of samples and condition tokens.
+        variable_seq_lengths=parallel.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # there are no experts; the default refuses varying lengths
         # Interleaved with two stages, batched sends between the same two ranks pair up wrongly (silently);
         # 1F1B knows no other.
         batch_p2p_comm=not interleaved,

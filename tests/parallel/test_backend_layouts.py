@@ -9,8 +9,8 @@ from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.mesh import Mesh
 
 
-def _config(mesh: Mesh, parallel: ParallelConfig, **options: bool):
-    return transformer_config(8, 2, torch.float32, mesh, parallel, **options)
+def _config(mesh: Mesh, parallel: ParallelConfig):
+    return transformer_config(8, 2, torch.float32, mesh, parallel)
 
 
 def test_interleaved_stages_send_singly_and_plain_ones_in_batches(mesh: Mesh) -> None:
@@ -21,12 +21,8 @@ def test_interleaved_stages_send_singly_and_plain_ones_in_batches(mesh: Mesh) ->
     interleaved = _config(mesh, ParallelConfig(pp=2, virtual_stages=3))
     assert (interleaved.batch_p2p_comm, interleaved.overlap_p2p_comm) == (False, True)
     assert interleaved.virtual_pipeline_model_parallel_size == 3
+    assert plain.variable_seq_lengths and interleaved.variable_seq_lengths
     assert plain.pipeline_model_parallel_size == interleaved.pipeline_model_parallel_size == 2
-
-
-@pytest.mark.parametrize("vary", [False, True])
-def test_stages_tell_each_other_lengths_only_where_lengths_vary(mesh: Mesh, vary: bool) -> None:
-    assert _config(mesh, ParallelConfig(pp=2), lengths_vary=vary).variable_seq_lengths is vary
 
 
 @pytest.mark.parametrize(("mode", "granularity"), [("none", None), ("selective",) * 2, ("full",) * 2])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iomm.checkpoint.folder import (
     CheckpointError,
@@ -28,6 +28,7 @@ from iomm.checkpoint.folder import (
 )
 from iomm.checkpoint.ranks import on_every_rank, on_rank_0, quiet
 from iomm.checkpoint.saver import Saver, save
+from iomm.checkpoint.streaming import ShardedReader
 from iomm.config import Config
 from iomm.parallel import cpu
 from iomm.parallel.engine import Engine
@@ -68,10 +69,11 @@ def load(path: Path, engine: Engine, config: Config, mesh: Mesh) -> CheckpointIn
     check_architecture(info, config)
     _check_settings(info, engine, config)
     state = engine.sharded_state(loading=True)
+    state.pop("fp8", None)
     with quiet():
         on_every_rank(mesh, lambda: _check_state(path, state))
         loaded: Any = dist_checkpointing.load(state, str(path))
-        engine.load_sharded_state(loaded)
+        engine.load_sharded_state(loaded | {"fp8": _read_fp8(path, engine.module)})
     return info
 
 
@@ -146,6 +148,14 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
             raise CheckpointError(_missing(path, entry.key))
 
 
+def _read_fp8(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The FP8 scales that a checkpoint has for layers of this module, whatever their history's length. A run
+    may turn FP8 on or off: what is missing starts anew."""
+    reader, layers = ShardedReader(path), {name for name, _ in module.named_modules()}
+    names = [key.removeprefix("fp8.") for key in reader.specs if key.startswith("fp8.")]
+    return {name: reader.get(f"fp8.{name}") for name in names if name.rpartition(".")[0] in layers}
+
+
 def _check_tensors(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
     """Refuse a checkpoint that misses a tensor, or has it in another shape; the message names it."""
     for entry in nested_values(wanted):
@@ -164,8 +174,8 @@ def _check_tensors(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -
 def _missing(path: Path, key: str) -> str:
     if key.startswith("optimizer."):
         return (
-            f"checkpoint {path} has no {key}: it was saved with another optimizer. Use that optimizer, or "
-            f"start from the weights alone: --set train.init_from={path}."
+            f"checkpoint {path} has no {key}: it was saved with another optimizer, or by an older iomm. Use "
+            f"that, or start from the weights alone: --set train.init_from={path}."
         )
     if key.startswith("fp8."):
         return (
@@ -188,15 +198,12 @@ def _check_settings(info: CheckpointInfo, engine: Engine, config: Config) -> Non
             f"checkpoint {info.path} was imported: it holds weights and no optimizer, so a run cannot go on "
             f"from it. Start another run from it: --set name=... --set train.init_from={info.path}."
         )
-    ours = config.to_dict()
-    for section, key in (("train", "precision"), ("parallel", "distributed_optimizer")):
-        saved, own = info.config[section][key], ours[section][key]
-        if saved != own:
-            raise CheckpointError(
-                f"checkpoint {info.path} was saved with {section}.{key} = {saved}, this run has "
-                f"{own}. Set it to {saved}, or start from the weights alone: "
-                f"--set train.init_from={info.path}."
-            )
+    saved, own = info.config["train"]["precision"], config.train.precision
+    if saved != own:
+        raise CheckpointError(
+            f"checkpoint {info.path} was saved with train.precision = {saved}, this run has {own}. Set it to "
+            f"{saved}, or start from the weights alone: --set train.init_from={info.path}."
+        )
     if engine.ema is not None and not info.has_ema:
         raise CheckpointError(
             f"checkpoint {info.path} has no EMA, this run keeps one. Set optimizer.ema_decay=null, "

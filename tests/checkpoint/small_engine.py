@@ -58,7 +58,8 @@ def make(settings: Config, mesh: Mesh, seed: int = 0) -> Engine:
     return Engine(module, transformer, settings.optimizer, settings.train, settings.parallel, mesh)
 
 
-def forward(module: nn.Module, x_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def forward(module: nn.Module, carried: Tensor | None, x_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    del carried
     return (module(x_BD).float() - x_BD.flip(-1).float()).square().mean(), {}
 
 
@@ -68,7 +69,7 @@ def train(engine: Engine, first: int, count: int) -> list[StepResult]:
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
         batches = [torch.randn(3, HIDDEN, generator=generator).to(dtype) for _ in range(2)]
-        results.append(engine.step(forward, batches, 2))
+        results.append(engine.step(forward, batches))
     return results
 
 
@@ -76,11 +77,8 @@ def everything(engine: Engine) -> dict[str, Tensor]:
     """Weights, EMA and every tensor and number of the optimizer, by name."""
     found = {f"model.{n}": p.detach().clone() for n, p in engine.module.named_parameters()}
     found |= {f"ema.{n}": w.clone() for n, w in (engine.ema.weights if engine.ema else {}).items()}
-    for part, chained in enumerate(engine._optimizer.chained_optimizers):
-        for g, group in enumerate(chained.optimizer.param_groups):
-            found[f"{part}.{g}.step"] = torch.tensor(group["step"])
-            for i, parameter in enumerate(group["params"]):
-                found[f"{part}.{g}.{i}"] = parameter.detach().clone()
-                state = chained.optimizer.state[parameter]
-                found |= {f"{part}.{g}.{i}.{key}": value.clone() for key, value in state.items()}
-    return found
+    for piece in engine._optimizer.pieces:
+        found[f"master.{piece.name}"] = piece.master.detach().clone()
+        for key, value in piece.moments.items():
+            found[f"{key}.{piece.name}"] = torch.as_tensor(value).clone()
+    return found | {"steps": torch.tensor([engine.steps_done, engine.updates_done])}

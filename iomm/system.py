@@ -205,11 +205,11 @@ class System(nn.Module):
         """The first chunk: what it carries on, or of a whole generator the output (B, L, C)."""
         condition_BTE, attend_BT = condition
         constants = unvaried_inputs(self.config.generator, len(t_B), t_B.device)
+        inputs = x_t_BLC, t_B, condition_BTE, self._positions(t_B.device), attend_BT
         with self._fp8():
             if self.stages[0].last:
-                positions_L3 = self._positions(t_B.device)
-                return self.generator(x_t_BLC, t_B, condition_BTE, positions_L3, attend_BT, **constants)
-            carried_SBD = self.generator.enter(x_t_BLC, t_B, condition_BTE, attend_BT, **constants)
+                return self.generator(*inputs, **constants)
+            carried_SBD = self.generator.enter(*inputs, **constants)
             return self._next(self.stages[0], carried_SBD, Pass(condition_BTE.shape[1], attend_BT))
 
     def _next(self, chunk: Chunk, carried_SBD: Tensor, what: Pass) -> Tensor:

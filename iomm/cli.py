@@ -127,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     encoders.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
     encoders.add_argument("--repeats", type=int, default=5)
 
+    fp8 = add_bench("fp8", _bench_fp8, "loss and step time of a training run with each FP8 recipe")
+    fp8.add_argument("config", type=Path)
+    fp8.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
+
     add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
     return parser
 
@@ -285,6 +289,13 @@ def _bench_encoders(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config).override(arguments.set)
     sys.stdout.write(bench_encoders(config, arguments.repeats) or "")
+    return 0
+
+
+def _bench_fp8(arguments: argparse.Namespace) -> int:
+    from iomm.bench.fp8 import bench_fp8
+
+    sys.stdout.write(bench_fp8(load_config(arguments.config).override(arguments.set)))
     return 0
 
 

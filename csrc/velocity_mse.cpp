@@ -1,6 +1,7 @@
-// velocity_mse: mean squared error of a sample and the gradient of their sum by the velocity, in one pass (paper eq. 2).
+// velocity_mse: mean squared error of a sample and, for its gradient, v - target, in one pass (paper eq. 2).
 //
-//     loss_b = mean over (v - target)^2,   gradient = 2 (v - target) / n      v, target (B, ...), n numbers a sample
+//     loss_b = mean over (v - target)^2      v, target (B, ...), n numbers a sample
+//     gradient = (2 / n) (v - target): the factor is the caller's, as it is too small for fp16
 //
 // Sums: blocks of BLOCK numbers in fp32, their totals in fp64.
 
@@ -13,13 +14,13 @@ constexpr const char* NAME = "velocity_mse";
 constexpr int64_t BLOCK = 4096;
 
 template <typename T>
-IOMM_CLONES double block(const T* velocity, const T* target, T* gradient, int64_t n, float factor) {
+IOMM_CLONES double block(const T* velocity, const T* target, T* differences, int64_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
         const float difference = static_cast<float>(velocity[i]) - static_cast<float>(target[i]);
         sum += difference * difference;
-        gradient[i] = static_cast<T>(factor * difference);
+        differences[i] = static_cast<T>(difference);
     }
     return sum;
 }
@@ -30,18 +31,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& velocity, const Tensor& target)
     const Tensor v = torch::stable::contiguous(velocity), t = torch::stable::contiguous(target);
     const int64_t samples = v.size(0), n = samples == 0 ? 0 : v.numel() / samples, blocks = (n + BLOCK - 1) / BLOCK;
     Tensor loss = torch::stable::new_empty(v, {samples}, ScalarType::Float);
-    Tensor gradient = torch::stable::new_empty(v, v.sizes());
+    Tensor differences = torch::stable::new_empty(v, v.sizes());
     dispatch(NAME, v, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const T *v_data = data<T>(v), *t_data = data<T>(t);
-        T* gradient_data = data<T>(gradient);
+        T* differences_data = data<T>(differences);
         float* loss_data = data<float>(loss);
         std::vector<double> sums(samples * blocks);
         torch::stable::parallel_for(0, samples * blocks, grain(BLOCK), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t inside = i % blocks * BLOCK, at = i / blocks * n + inside;
-                sums[i] = block<T>(v_data + at, t_data + at, gradient_data + at, std::min(BLOCK, n - inside),
-                                   static_cast<float>(2.0 / n));
+                sums[i] = block<T>(v_data + at, t_data + at, differences_data + at, std::min(BLOCK, n - inside));
             }
         });
         for (int64_t b = 0; b < samples; ++b) {
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& velocity, const Tensor& target)
             loss_data[b] = static_cast<float>(sum / n);  // of no numbers: NaN, as PyTorch's mean
         }
     });
-    return {loss, gradient};
+    return {loss, differences};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 Writes gate.md and gate.json and exits with 1 where a kernel
     - spills registers to local memory
-    - is streaming and makes less than 95 % of its global accesses 128 bits wide
+    - is streaming and makes less than 95 % of its global accesses 128 bits wide, stated scalars apart
     - leaves fewer warps resident than its stated occupancy
     - states tensor-core instructions and has none, or moves fewer bytes than its minimum (a wrong statement)
 
@@ -44,7 +44,7 @@ class Row:
     spill_bytes: int
     shared_bytes: int
     occupancy: float
-    wide_share: float  # of global accesses, those 128 bits wide
+    wide_share: float  # of global accesses to rows, those 128 bits wide
     tensor_core: int  # HGMMA and HMMA instructions
     bytes_min: int
     bytes_actual: int
@@ -110,15 +110,16 @@ def judge(compiled: Compile) -> Row:
     def count(pattern: str) -> int:
         return sum(n for name, n in instructions.items() if re.match(pattern, name))
 
-    accesses, wide = count(r"LDG|STG|LDGSTS"), count(r"(LDG|STG|LDGSTS)\.(.*\.)?128")
     bulk = count(r"UTMA|UBLKCP")
+    wide = bulk + count(r"(LDG|STG|LDGSTS)\.(.*\.)?128")
+    narrow = max(0, bulk + count(r"LDG|STG|LDGSTS") - wide - compiled.scalars)
     row = Row(
         name=compiled.name,
         registers=resources["REG"],
         spill_bytes=max(resources["STACK"], resources["LOCAL"]) + 4 * count(r"LDL|STL"),
         shared_bytes=kernel.metadata.shared,
         occupancy=occupancy(resources["REG"], kernel.metadata.shared, compiled.num_warps),
-        wide_share=(wide + bulk) / (accesses + bulk) if accesses + bulk else 1.0,
+        wide_share=wide / max(1, wide + narrow),
         tensor_core=count(r"HGMMA|HMMA"),
         bytes_min=compiled.bytes_min,
         bytes_actual=compiled.bytes_actual,
@@ -128,9 +129,7 @@ def judge(compiled: Compile) -> Row:
 
 
 def _problems(row: Row, compiled: Compile, ptx: str) -> list[str]:
-    narrow = (
-        f"only {row.wide_share:.0%} of its global accesses are 128 bits wide; {WIDE_SHARE:.0%} is the bound"
-    )
+    narrow = f"only {row.wide_share:.0%} of its row accesses are 128 bits wide; {WIDE_SHARE:.0%} is the bound"
     found = {
         "is not compiled for sm_90a": ".target sm_90a" not in ptx,
         f"spills ({row.spill_bytes} bytes of local memory and of accesses to it)": row.spill_bytes > 0,

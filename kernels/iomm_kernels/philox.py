@@ -62,9 +62,9 @@ def uniform(seed: int, stream: int, index_B: Tensor, n: int) -> Tensor:
     return ((words(seed, stream, index_B, n) >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def normal(seed: int, stream: int, index_B: Tensor, n: int) -> Tensor:
-    """Standard normal fp32, shape (B, n), by Box-Muller on neighbouring uniforms."""
-    u = uniform(seed, stream, index_B, 2 * ((n + 1) // 2))
+def normal(seed: int, stream: int, index_B: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers (B, n), by Box-Muller on neighbouring fp32 uniforms, computed in `dtype`."""
+    u = uniform(seed, stream, index_B, 2 * ((n + 1) // 2)).to(dtype)
     radius, angle = torch.sqrt(-2.0 * torch.log(u[:, 0::2])), 2.0 * math.pi * u[:, 1::2]
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)[:, :n]
 
@@ -104,3 +104,32 @@ def philox_element(seed, stream: tl.constexpr, index, element):
 def word_uniform(word):
     """fp32 in (0, 1) of a uint32 word."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@jit
+def cos_sin_of_turns(u):
+    """cos and sin of 2 pi u for u in [0, 1], to about an ulp: the nearest quarter turn is taken off exactly,
+    Cephes' polynomials serve the rest. (CUDA's cosf and sinf spill for arguments that never come here.)"""
+    quarter = tl.floor(4.0 * u + 0.5)
+    angle = (u - 0.25 * quarter) * 6.283185307179586
+    z = angle * angle
+    sin = angle + angle * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cos = (
+        1.0
+        - 0.5 * z
+        + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    )
+    turned = (quarter == 1.0) | (quarter == 3.0)
+    cos, sin = tl.where(turned, sin, cos), tl.where(turned, cos, sin)
+    return (
+        tl.where((quarter == 1.0) | (quarter == 2.0), -cos, cos),
+        tl.where((quarter == 2.0) | (quarter == 3.0), -sin, sin),
+    )
+
+
+@jit
+def normal_pair(word_a, word_b):
+    """Two fp32 standard normal numbers of two neighbouring words."""
+    radius = tl.sqrt_rn(-2.0 * tl.log(word_uniform(word_a)))
+    cos, sin = cos_sin_of_turns(word_uniform(word_b))
+    return radius * cos, radius * sin

@@ -37,6 +37,8 @@ class Compile:
     streaming: bool  # bound by memory: at least 95 % of its global accesses have to be 128 bits wide
     bytes_min: int  # inputs once, outputs once, of one launch at the stated shape
     bytes_actual: int  # what the launch loads and stores (see `Op.bytes_issued`)
+    # Narrow accesses that read or write one number a program or a row: no rows, so not in that share.
+    scalars: int = 0
     dot: bool = False  # tensor-core instructions have to appear
 
 
@@ -58,6 +60,7 @@ class Op:
     compiles: tuple[Compile, ...]
     # (preset "b" | "l" | "xl", image side in px 512 | 1024, dtype, device) -> arguments of a training step
     bench: Callable[[str, int, torch.dtype, torch.device], tuple[Any, ...]]
+    flops: Callable[..., int] | None = None  # forward, of matrix products; None where memory is the bound
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

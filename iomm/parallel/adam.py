@@ -1,9 +1,7 @@
-"""AdamW for the CPU with the contract of apex's FusedAdam, which Megatron's distributed optimizer saves and
-loads.
+"""AdamW for the CPU with the contract of apex's FusedAdam, which Megatron's optimizers build on.
 
 The contract: a parameter's state is exactly `exp_avg` and `exp_avg_sq`; the step count is one integer in the
-param group. torch's own AdamW counts steps in a tensor a parameter, which the distributed optimizer cannot
-load back. The arithmetic is torch's fused CPU kernel (one pass over memory; a third of the time of the
+param group. The arithmetic is torch's fused CPU kernel (one pass over memory; a third of the time of the
 `_foreach_` form at 6 M parameters).
 """
 

@@ -1,5 +1,5 @@
-"""One optimizer step: forward and backward over micro-batches and pipeline stages, gradient sum over ranks, clip,
-AdamW or Muon, EMA.
+"""One optimizer step: forward and backward over micro-batches and pipeline stages, gradient sum over ranks,
+clip, AdamW or Muon, EMA.
 
 The work is Megatron-Core's: DistributedDataParallel keeps one gradient buffer a chunk and reduces it over the
 data-parallel ranks, the (distributed) optimizer keeps fp32 masters and moments, the schedule runs the
@@ -60,10 +60,10 @@ class Engine:
     """Steps the weights of one rank.
 
     Args:
-        module: what this rank holds. `module.chunks` are its pipeline chunks, each with parameters of `module`;
-            `module.shared`, if there, is trained outside the pipeline and the same on all ranks. A module without
-            `chunks` is one chunk. Parameters with `requires_grad=False` are left alone. Moved to the mesh's
-            device.
+        module: what this rank holds. `module.chunks` are its pipeline chunks, each with parameters of
+            `module`; `module.shared`, if there, is trained outside the pipeline and the same on all ranks: its
+            parameters carry `shared_by_all = True`. A module without `chunks` is one chunk. Parameters with
+            `requires_grad=False` are left alone. Moved to the mesh's device.
         transformer_config: the one its layers were made with.
         optimizer: AdamW or Muon, learning rates, clipping, EMA. Biases and other vectors get no weight decay.
         train: number of steps and precision.
@@ -143,8 +143,8 @@ class Engine:
         """Everything a checkpoint holds of the engine, as a sharded state dict. All ranks call.
 
         Tensors go by the names of weights, so that layout, number of optimizers and their sharding leave no
-        trace: `model.NAME`, `ema.NAME`, `optimizer.state.KEY.model.NAME`. A weight that is not on this rank is
-        not in the result.
+        trace: `model.NAME`, `ema.NAME`, `optimizer.state.KEY.model.NAME`. A weight that is not on this rank
+        is not in the result.
 
         Args:
             loading: whether the tensors shall be filled; they are the live ones either way.
@@ -175,10 +175,10 @@ class Engine:
         self.steps_done, self.updates_done = state["steps_done"], state["updates_done"]
         self._optimizer.set_updates(self.updates_done)
 
-    def _set_hooks(self, config: TransformerConfig) -> None:
-        models: list[Any] = self.pipeline.models
-        # A single rank has nothing to reduce; gloo would copy the whole gradient buffer three times to find that
-        # out.
+    def _set_hooks(self, config: Any) -> None:
+        models = self.pipeline.models
+        # A single rank has nothing to reduce; gloo would copy the whole gradient buffer three times to find
+        # that out.
         config.finalize_model_grads_func = finalize_model_grads if self.mesh.world_size > 1 else None
         config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
         for model in (*models, *([self._shared] if self._shared else [])):

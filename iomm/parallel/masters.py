@@ -2,7 +2,8 @@
 
 Megatron keeps them in many shapes: the weight itself (fp32, fp64), an fp32 copy (bf16), a slice of either
 (distributed optimizer: a data-parallel rank steps one contiguous part of each buffer), whole weights dealt to
-ranks (Muon). `Piece` is all of these, so that the average of the weights and the checkpoint need to know none.
+ranks (Muon). `Piece` is all of these, so that the average of the weights and the checkpoint need to know
+none.
 """
 
 import math

@@ -86,10 +86,10 @@ class Mesh:
         if self.pp_size == 1:
             assert tensor is not None
             return tensor
-        mine = self.pp_rank == stage
-        shape_and_dtype = (tensor.shape, tensor.dtype) if mine and tensor is not None else None
-        shape, dtype = self.object_from_stage(shape_and_dtype, stage)
-        out = tensor.detach().contiguous() if mine else torch.empty(shape, dtype=dtype, device=self.device)  # type: ignore[union-attr]
+        mine = tensor.detach().contiguous() if tensor is not None and self.pp_rank == stage else None
+        like = None if mine is None else (mine.shape, mine.dtype)
+        shape, dtype = self.object_from_stage(like, stage)
+        out = torch.empty(shape, dtype=dtype, device=self.device) if mine is None else mine
         dist.broadcast(out, src=self._global_stage(stage), group=self.groups.pp)
         return out
 
@@ -213,15 +213,26 @@ def _refuse_other_layout(wanted: ParallelConfig, running: ParallelConfig) -> Non
         )
 
 
-def _groups_of_one(groups: "ProcessGroupCollection") -> "ProcessGroupCollection":
+def _groups_of_one(groups: Any) -> "ProcessGroupCollection":
     """Groups in which this rank is alone with its weights, and data-parallel with the whole world."""
     me = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    world = dist.group.WORLD
-    groups.tp = groups.pp = groups.ep = groups.cp = groups.mp = groups.expt_dp = groups.expt_tp = me
-    groups.tp_ep_pp = groups.tp_dp_cp = me
-    groups.embd = groups.pos_embd = me
-    groups.gtp_remat = groups.expt_gtp_remat = None  # type: ignore[assignment]
-    groups.dp = groups.dp_cp = groups.intra_dp_cp = groups.intra_dist_opt = world
+    for name in (
+        "tp",
+        "pp",
+        "cp",
+        "ep",
+        "mp",
+        "tp_ep_pp",
+        "tp_dp_cp",
+        "expt_tp",
+        "expt_dp",
+        "embd",
+        "pos_embd",
+    ):
+        setattr(groups, name, me)
+    for name in ("dp", "dp_cp", "intra_dp_cp", "intra_dist_opt"):
+        setattr(groups, name, dist.group.WORLD)
+    groups.gtp_remat = groups.expt_gtp_remat = None  # weights sharded in yet another way; unused
     return groups
 
 

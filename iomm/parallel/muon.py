@@ -4,18 +4,18 @@
     u  = (1 - beta) g + beta m                        Nesterov
     w <- w - lr 0.2 sqrt(max(out, in)) NS(u)          NS: Newton-Schulz, u = USV^T -> about UV^T
 
-The factor 0.2 sqrt(max(out, in)) gives an update the size of AdamW's, so that AdamW's learning rate carries over
-("Muon is scalable for LLM training", arXiv 2502.16982, section 2.2). A fused query-key-value matrix is three. A
-matrix split over tensor-parallel ranks is gathered first, so that the layout has no influence.
+The factor 0.2 sqrt(max(out, in)) gives an update the size of AdamW's, so that AdamW's learning rate carries
+over ("Muon is scalable for LLM training", arXiv 2502.16982, section 2.2). A fused query-key-value matrix is
+three. A matrix split over tensor-parallel ranks is gathered first, so that the layout has no influence.
 
 Muon is for matrices that map hidden vectors to hidden vectors. AdamW keeps the rest:
-    vectors                  norms, biases
-    where data comes and goes    image_in, condition_in, out; pads and the adapter's queries are embeddings
-    time embedding and modulation    they see one vector a sample, so that a gradient has at most the rank of the
-        batch: orthogonalising it would blow up directions that hold only noise
+    vectors                         norms, biases
+    where data comes and goes       image_in, condition_in, out; pads and the adapter's queries are embeddings
+    time embedding and modulation   they see one vector a sample, so that a gradient has at most the rank of
+                                    the batch: orthogonalising it would blow up directions of pure noise
 
-Megatron-Core's `optimizer="muon"` does the work. Sharded (`parallel.distributed_optimizer`), whole matrices are
-dealt to data-parallel ranks and AdamW's part is the distributed optimizer's.
+Megatron-Core's `optimizer="muon"` does the work. Sharded (`parallel.distributed_optimizer`), whole matrices
+are dealt to data-parallel ranks and AdamW's part is the distributed optimizer's.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,8 @@ def check(settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfi
 
 
 def mark(names: Mapping[nn.Parameter, str], head_size: int, *, sharded: bool) -> None:
-    """Tell Megatron, by attributes, which matrices are Muon's and which are fused; before they are wrapped."""
+    """Tell Megatron, by attributes, which matrices are Muon's and which are fused; before they are
+    wrapped."""
     for weight, name in names.items():
         if any(fnmatchcase(name, pattern) for pattern in ADAMW):
             weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
@@ -86,8 +87,9 @@ def mark_masters(part: Any) -> None:
     """Let the fp32 masters of fused matrices say so too."""
     if is_muon(part):
         for weight, master in weights_and_masters(part):
-            if getattr(weight, "is_qkv", False):
-                master.is_qkv, master.qkv_split_shapes = True, weight.qkv_split_shapes  # type: ignore[attr-defined]
+            for attribute in ("is_qkv", "qkv_split_shapes"):
+                if hasattr(weight, attribute):
+                    setattr(master, attribute, getattr(weight, attribute))
 
 
 def is_muon(part: Any) -> bool:

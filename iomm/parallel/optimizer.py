@@ -6,7 +6,7 @@ Megatron-Core's own do the work. The parts of a rank are
 and each of them is one optimizer, or several in a chain (Muon's matrices, AdamW's rest).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, final
 
@@ -61,7 +61,7 @@ class Optimizer:
         overrides = _overrides(settings, names)
         config = _config(settings, train, parallel, mesh)
 
-        def build(models: list[DistributedDataParallel], groups: Any) -> Any:
+        def build(models: list[Any], groups: Any) -> Any:
             # Without no_grad the distributed optimizer's shards of fp32 weights are graph nodes, and torch
             # warns at every step.
             with torch.no_grad():

@@ -88,7 +88,9 @@ class Pipeline:
             )
         _settle(config, mesh)
         self.config, self.mesh = config, mesh
-        self.models = [wrap(Stage(config, chunk, index, mesh), index) for index, chunk in enumerate(chunks)]
+        self.models: list[Any] = [
+            wrap(Stage(config, chunk, index, mesh), index) for index, chunk in enumerate(chunks)
+        ]
         self._schedule = get_forward_backward_func(
             pp_size=mesh.pp_size, vp_size=mesh.virtual_stages if mesh.virtual_stages > 1 else None
         )
@@ -101,7 +103,7 @@ class Pipeline:
         that of the mean loss.
 
         Returns:
-            on the last stage the scalars of each micro-batch ("loss" and the others); on other stages nothing.
+            on the last stage the scalars of each micro-batch ("loss" and the others); elsewhere nothing.
 
         Raises:
             ValueError: no micro-batch, or a number of them that the interleaved schedule cannot take.

@@ -192,18 +192,18 @@ class MMDiT(nn.Module):
         self, chunk: Chunk, time_BD: Tensor, c_TBD: Tensor, x_LBD: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """Both streams behind the blocks of a chunk."""
-        granularity, doubles = self.layers.config.recompute_granularity, self.config.double_blocks
+        doubles = self.config.double_blocks
         rope_, attend_BS, _ = geometry
         for i in chunk.blocks[: max(0, doubles - chunk.blocks.start)]:
             block = self.double_blocks[str(i)]
-            c_TBD, x_LBD = run_block(granularity, block, c_TBD, x_LBD, time_BD, rope_, attend_BS)
+            c_TBD, x_LBD = run_block(self.layers, block, c_TBD, x_LBD, time_BD, rope_, attend_BS)
         singles = chunk.blocks[max(0, doubles - chunk.blocks.start) :]
         if singles:
             rope_, attend_BS = geometry.joint()
             s_SBD = torch.cat((c_TBD, x_LBD))
             for i in singles:
                 block = self.single_blocks[str(i - doubles)]
-                s_SBD = run_block(granularity, block, s_SBD, time_BD, rope_, attend_BS)
+                s_SBD = run_block(self.layers, block, s_SBD, time_BD, rope_, attend_BS)
             c_TBD, x_LBD = s_SBD.split((len(c_TBD), len(x_LBD)))
         return c_TBD, x_LBD
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from iomm.parallel.backend import Layers
+
 _aten = torch.ops.aten
 KEPT_OPERATORS = frozenset(
     (
@@ -39,14 +41,12 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 _keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
-def run_block(granularity: str | None, block: nn.Module, *args: Any) -> Any:
-    """`block(*args)`, saving what `granularity` says (Megatron's word: None | selective | full).
-
-    Blocks have no dropout, so no generator state is kept.
-    """
+def run_block(layers: Layers, block: nn.Module, *args: Any) -> Any:
+    """`block(*args)`, of which is kept what the layers' settings say."""
+    granularity = layers.config.recompute_granularity
     if granularity is None or not torch.is_grad_enabled():
         return block(*args)
     if granularity == "full":
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return layers.checkpoint(block, *args)
     assert granularity == "selective", granularity
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products)

@@ -200,12 +200,12 @@ class SingleStreamDiT(nn.Module):
 
         split = len(x_LBD) * self.layers.sequence_ranks
         cos, sin = geometry.rope_
-        granularity, attend_BS = self.layers.config.recompute_granularity, geometry.attend_BS
+        attend_BS = geometry.attend_BS
         attend_BT = None if attend_BS is None else attend_BS[:, split:]
         for block in self.noise_refiner.values():
-            x_LBD = run_block(granularity, block, x_LBD, time_BM, (cos[:split], sin[:split]), None)
+            x_LBD = run_block(self.layers, block, x_LBD, time_BM, (cos[:split], sin[:split]), None)
         for block in self.context_refiner.values():
-            c_TBD = run_block(granularity, block, c_TBD, time_BM, (cos[split:], sin[split:]), attend_BT)
+            c_TBD = run_block(self.layers, block, c_TBD, time_BM, (cos[split:], sin[split:]), attend_BT)
         return time_BM, x_LBD, c_TBD
 
     def _geometry(
@@ -227,8 +227,7 @@ class SingleStreamDiT(nn.Module):
         """The joint stream behind the blocks of a chunk."""
         rope_, attend_BS = geometry.joint()
         for i in chunk.blocks:
-            block, granularity = self.single_blocks[str(i)], self.layers.config.recompute_granularity
-            s_SBD = run_block(granularity, block, s_SBD, time_BM, rope_, attend_BS)
+            s_SBD = run_block(self.layers, self.single_blocks[str(i)], s_SBD, time_BM, rope_, attend_BS)
         return s_SBD
 
     def _predict(self, time_BM: Tensor, s_SBD: Tensor, image_tokens: int) -> Tensor:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from iomm.config import ParallelConfig
 from iomm.parallel import cpu
@@ -50,9 +51,15 @@ def transformer_config(
     computation.
 
     Raises:
-        ValueError: the backend is missing, or the heads do not divide over the tensor-parallel ranks.
+        ValueError: the backend is missing or cannot recompute selectively, or the heads do not divide over
+            the tensor-parallel ranks.
     """
     backend = choose_backend(parallel, dtype)
+    if backend != "local" and parallel.recompute == "selective":
+        raise ValueError(
+            "parallel.recompute = selective keeps the results of torch's matrix products, and Transformer "
+            "Engine's are none of them. Set parallel.recompute=full or none, or parallel.backend=local."
+        )
     if heads % mesh.tp_size:
         raise ValueError(
             f"generator.heads {heads} is not divisible by parallel.tp {mesh.tp_size}: a rank holds "
@@ -155,6 +162,15 @@ class Layers:
     def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
         """RMSNorm over one head's channels, for queries and keys."""
         return HeadNorm(head_size, eps=eps, config=self.config, mesh=self.mesh)
+
+    def checkpoint(self, block: nn.Module, *args: Any) -> Any:
+        """`block(*args)`, computed again in the backward pass from its arguments, which alone are kept.
+
+        There is no dropout, so no generator state is kept either.
+        """
+        if self._te is not None:
+            return self._te.checkpoint(block, *args)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
     @property
     def sequence_ranks(self) -> int:

@@ -148,6 +148,11 @@ class Linear(te.Linear):
         return found if delayed else None  # pyright: ignore[reportReturnType]
 
 
+def checkpoint(block: nn.Module, *args: Any) -> Any:
+    """`Layers.checkpoint`: the second forward pass sees the first one's FP8 context and scales."""
+    return te.checkpoint(block, *args, use_reentrant=False)
+
+
 def _leave(weight: Tensor) -> None:
     """Weights are initialised by name, later."""
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from iomm.config import ParallelConfig
+from iomm.parallel import backend
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.mesh import Mesh
 
@@ -29,6 +30,14 @@ def test_interleaved_stages_send_singly_and_plain_ones_in_batches(mesh: Mesh) ->
 def test_recomputation_is_told_in_megatrons_word(mesh: Mesh, mode: str, granularity: str | None) -> None:
     parallel = ParallelConfig(recompute=mode)  # type: ignore[arg-type]
     assert _config(mesh, parallel).recompute_granularity == granularity
+
+
+def test_selective_recomputation_is_refused_where_the_products_are_not_torchs(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "choose_backend", lambda *_: "te")
+    with pytest.raises(ValueError, match="recompute = selective.*Set parallel.recompute=full or none"):
+        _config(mesh, ParallelConfig(recompute="selective"))
 
 
 def test_a_sequence_that_is_not_split_passes_scatter_and_gather_and_no_gradient_is_partial(

@@ -10,7 +10,7 @@ class Step:
     samples: int
     latent_tokens: int  # 16 x 16 pixels each
     latent_channels: int = 64  # numbers in a latent token
-    condition_tokens: int = 256
+    condition_tokens: int
     hidden_size: int
     heads: int
 
@@ -24,11 +24,17 @@ class Step:
         return self.hidden_size // self.heads
 
 
-_PRESETS = {"b": (1536, 12, 16), "l": (1536, 12, 8), "xl": (3840, 30, 4)}  # hidden size, heads, samples
+# Hidden size, heads, samples, condition tokens. "cpu" is what the operators are compared at on a CPU.
+_PRESETS = {
+    "b": (1536, 12, 16, 256),
+    "l": (1536, 12, 8, 256),
+    "xl": (3840, 30, 4, 256),
+    "cpu": (768, 12, 8, 0),
+}
 
 
 def step(preset: str, side_px: int) -> Step:
-    """The shape of a preset "b", "l" or "xl" at a square image of this side.
+    """The shape of a preset "b", "l", "xl" or "cpu" at a square image of this side.
 
     Raises:
         ValueError: no such preset, or a side that is no multiple of 16.
@@ -37,5 +43,11 @@ def step(preset: str, side_px: int) -> Step:
         raise ValueError(f"preset {preset!r} is none of {', '.join(_PRESETS)}.")
     if side_px < 16 or side_px % 16:
         raise ValueError(f"image side {side_px} px is not a positive multiple of 16, a latent token's side.")
-    hidden_size, heads, samples = _PRESETS[preset]
-    return Step(samples=samples, latent_tokens=(side_px // 16) ** 2, hidden_size=hidden_size, heads=heads)
+    hidden_size, heads, samples, condition_tokens = _PRESETS[preset]
+    return Step(
+        samples=samples,
+        latent_tokens=(side_px // 16) ** 2,
+        condition_tokens=condition_tokens,
+        hidden_size=hidden_size,
+        heads=heads,
+    )

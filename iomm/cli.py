@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iomm.plan import command as plan_command
+
 if TYPE_CHECKING:
     from iomm.config import Config
 
@@ -130,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     fp8 = add_bench("fp8", _bench_fp8, "loss and step time of a training run with each FP8 recipe")
     fp8.add_argument("config", type=Path)
     fp8.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
+
+    plan_command.add_arguments(
+        add("plan", _plan, "memory, time and cost of a run on a cluster, and its fastest layout")
+    )
 
     add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
     return parser
@@ -297,6 +303,10 @@ def _bench_fp8(arguments: argparse.Namespace) -> int:
 
     sys.stdout.write(bench_fp8(load_config(arguments.config).override(arguments.set)))
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    return plan_command.run(arguments, arguments.config and load_config(arguments.config))
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -148,6 +148,9 @@ def _mask_op(
 ) -> Tensor:
     if provider == "triton":
         return _launch_mask(x_BNF, index_B, hidden_B, seed, mask_ratio)
+    if provider == "csrc":
+        draw = seed, MASK_STREAM, threshold(mask_ratio)
+        return torch.ops.iomm_csrc.mask_tokens(x_BNF, index_B.to(torch.int64), hidden_B, *draw)
     return reference(x_BNF.contiguous(), index_B, seed, mask_ratio, hidden_B)
 
 
@@ -174,7 +177,10 @@ _mask_op.register_autograd(_backward, setup_context=_setup)
 def _keep_op(
     index_B: Tensor, hidden_B: Tensor | None, tokens: int, seed: int, mask_ratio: float, provider: str
 ) -> Tensor:
-    if provider != "triton":
+    if provider == "csrc":
+        draw = seed, MASK_STREAM, threshold(mask_ratio)
+        return torch.ops.iomm_csrc.keep_tokens(index_B.to(torch.int64), hidden_B, tokens, *draw)
+    if provider == "eager":
         return keep_reference(index_B, tokens, seed, mask_ratio, hidden_B)
     keep_BN = torch.empty(len(index_B), tokens, dtype=torch.bool, device=index_B.device)
     if keep_BN.numel():

@@ -19,7 +19,7 @@ import queue
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from torch import Tensor
 
@@ -168,7 +168,7 @@ class _Save:
         try:
             on_rank_0(self._mesh, self._make_room)
         except OSError as error:
-            raise self._explain(error) from error
+            self._give_up(error)
         if filesystem_async._results_queue is None:
             # Where Megatron looks for the results. Its own queue belongs to a process that it would start;
             # here the writer is this process.
@@ -224,10 +224,8 @@ class _Save:
                     finalize()
             on_rank_0(self._mesh, lambda: write_info(self._temporary, self._info))
             on_rank_0(self._mesh, lambda: publish(self._temporary, final))
-        except Exception as error:
-            if self._mesh.rank == 0:
-                shutil.rmtree(self._temporary, ignore_errors=True)
-            raise self._explain(error) from error
+        except Exception as error:  # whatever it was, the last checkpoint is as it was
+            self._give_up(error)
         return final
 
     def _make_room(self) -> None:
@@ -239,8 +237,10 @@ class _Save:
         with open(self._temporary / _RESERVE, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
 
-    def _explain(self, error: Exception) -> CheckpointError:
-        return explain(error, self._folder, self._needed)
+    def _give_up(self, error: Exception) -> NoReturn:
+        if self._mesh.rank == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        raise explain(error, self._folder, self._needed) from error
 
 
 def explain(error: Exception, folder: Path, needed: int) -> CheckpointError:

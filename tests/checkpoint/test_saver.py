@@ -5,7 +5,7 @@ import builtins
 import errno
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,3 +220,11 @@ def test_whatever_goes_wrong_while_writing_is_a_checkpoint_error(
     with pytest.raises(CheckpointError, match="cannot save .*: RuntimeError: no such number. Older"):
         save(tmp_path, 1, make(config(), mesh), config(), {}, keep_last=1, mesh=mesh)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_is_said_by_all_and_nothing_is_lost(
+    torchrun: Callable[..., str], tmp_path: Path
+) -> None:
+    torchrun(Path(__file__).parent / "ranks_saver.py", tmp_path)

@@ -26,6 +26,8 @@ class Job:
 _FP64 = {"train__precision": "fp64", "parallel__distributed_optimizer": False}
 _Z_IMAGE = {
     "generator__family": "z_image",
+    "generator__hidden_size": 48,
+    "generator__rope_axes": [4, 10, 10],
     "generator__double_blocks": 0,
     "generator__single_blocks": 4,
     "generator__refiner_blocks": 1,
@@ -41,7 +43,14 @@ JOBS = {
     ),
     "z_image": Job(settings=_FP64 | _Z_IMAGE | {"data__mix_ratio": 0.5}),
     "fp32": Job(settings={"data__mix_ratio": 0.5, "condition__mask_mode": "hide"}, tolerance=1e-4),
-    "muon": Job(settings=_FP64 | {"data__mix_ratio": 0.5, "optimizer__kind": "muon", "optimizer__lr": 1e-3}),
+    "muon": Job(
+        settings={
+            "data__mix_ratio": 0.5,
+            "optimizer__kind": "muon",
+            "parallel__distributed_optimizer": False,
+        },
+        tolerance=1e-4,
+    ),
 }
 
 
@@ -169,6 +178,13 @@ RESUMED = [
         *_runs("muon", "1", "tp2"),
     )
 ]
+# Dies while its checkpoint of step KILLED_AT is written beside the training.
+KILLED_EVERY, KILLED_AT = 2, 4
+KILLED = Run(
+    job="mixed",
+    layout="pp2",
+    settings=(("train__async_save", True), ("train__save_every_steps", KILLED_EVERY)),
+)
 EVERY = list(dict.fromkeys([*ALONE.values(), *FROM_SCRATCH, *VARIATIONS, *MOVED, *RESUMED]))
 
 

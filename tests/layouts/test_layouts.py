@@ -1,5 +1,6 @@
 """Every layout gives the numbers of one process, and checkpoints move between all of them."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iomm.checkpoint.folder import name_of
+from iomm.checkpoint.folder import INFO_FILE, latest, name_of
 from iomm.checkpoint.streaming import ShardedReader
 from iomm.parallel.mesh import Mesh
+from iomm.training.train import train
 from tests.layouts import cases
-from tests.layouts.cases import ALONE, EVERY, JOBS, STEPS, Run, launches
+from tests.layouts.cases import ALONE, EVERY, JOBS, KILLED, KILLED_AT, KILLED_EVERY, STEPS, Run, launches
 from tests.layouts.ranks_layout import do
+from tests.small_run import events
 
 pytestmark = [pytest.mark.parallel, pytest.mark.multi, pytest.mark.slow]
 # A key's bias adds the same to all scores of a query, which the softmax takes away again: its gradient is
@@ -92,13 +95,16 @@ def check_steps(results: Results, run: Run) -> None:
 
 
 def check_tensors(results: Results, run: Run) -> None:
-    found, wanted = results.tensors(run), results.tensors(ALONE[run.job])
+    compare(results.tensors(run), results.tensors(ALONE[run.job]), JOBS[run.job].tolerance)
+
+
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         if name.endswith(ROUNDING):
             continue
-        bound = JOBS[run.job].tolerance * tensor.abs().max().item()
+        bound = tolerance * tensor.abs().max().item()
         assert (found[name] - tensor).abs().max().item() <= bound, name
 
 
@@ -152,3 +158,24 @@ def test_training_moves_the_weights_so_that_equal_numbers_mean_something(results
         assert not still, still
         losses = [loss for loss, _ in results.steps(run).values()]
         assert len(set(losses)) == STEPS
+
+
+def test_a_rank_killed_while_a_checkpoint_is_written_leaves_the_last_one_to_go_on_from(
+    results: Results, world: Path, tmp_path: Path, mesh: Mesh, torchrun: Callable[..., str]
+) -> None:
+    """Two pipeline ranks go on as one process."""
+    torchrun(SCRIPT.with_name("ranks_killed.py"), world, tmp_path, ranks=KILLED.ranks, fails=True)
+    config = KILLED.config(world, tmp_path)
+    checkpoints = config.run_dir / "checkpoints"
+    half, good = checkpoints / f".tmp_{name_of(KILLED_AT)}", checkpoints / name_of(KILLED_EVERY)
+    assert half.is_dir() and not (half / INFO_FILE).exists()
+    assert latest(checkpoints) == good
+    parallel = dataclasses.replace(config.parallel, pp=1)
+    train(dataclasses.replace(config, parallel=parallel))
+    assert [e["detail"] for e in events(config.run_dir, "resume")] == [str(good)]
+    assert not half.exists() and latest(checkpoints) == checkpoints / name_of(STEPS)
+    resumed, alone = Results(tmp_path), ALONE[KILLED.job]
+    found, wanted = resumed.steps(KILLED), results.steps(alone)
+    tolerance = JOBS[KILLED.job].tolerance
+    assert {s: pytest.approx(n, rel=tolerance, abs=0) for s, n in found.items()} == wanted
+    compare(resumed.tensors(KILLED), results.tensors(alone), tolerance)

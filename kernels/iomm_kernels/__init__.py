@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     OPS: tuple[Op, ...]  # all records; reading it imports the operators, and Triton where it is installed
 
 # One operator a name; a new operator is one file and one word here.
-MODULES = ("mask_tokens", "modulate", "gated_residual", "flow_noise", "velocity_mse")
+MODULES = ("mask_tokens", "modulate", "gated_residual", "flow_noise", "velocity_mse", "qk_norm_rope")
 
 
 def __getattr__(name: str) -> "tuple[Op, ...]":

@@ -45,6 +45,14 @@ class _NoTriton:
     def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
+    @staticmethod
+    def cdiv(x: int, y: int) -> int:
+        return -(-x // y)
+
+    @staticmethod
+    def next_power_of_2(n: int) -> int:
+        return 1 << max(0, n - 1).bit_length()
+
 
 if TYPE_CHECKING or HAS_TRITON:
     import triton
@@ -54,6 +62,8 @@ else:
 
 # triton.jit, typed as what it gives: launch options and Python numbers for constexprs are welcome.
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
+# Smallest power of two that is at least n, typed for kernels too, where n is a constexpr.
+next_power_of_2: Any = triton.next_power_of_2
 
 
 def interpreted() -> bool:
@@ -133,8 +143,3 @@ def vjp(
 def tensor_bytes(*values: Any) -> int:
     """Bytes of all tensors among the values."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-
-
-def next_power_of_2(n: int) -> int:
-    """Smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -4,8 +4,9 @@ Finds, in every launch inside `memory_checked()`:
     - accesses outside the elements of the tensor arguments, gaps between strided rows included
     - races: an address that one program stores to and another program loads or stores
     - atomic additions of floats, whose order, and so whose result, is not fixed
-It also counts the bytes loaded and stored. `reversed_programs()` runs the programs of a launch last to
-first: a result that changes depended on their order.
+It also counts the bytes loaded and stored, an address once in each access of a program.
+`reversed_programs()` runs the programs of a launch last to first: a result that changes depended on their
+order.
 """
 
 import contextlib
@@ -70,10 +71,9 @@ class Checker:
         if not address.size:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        if kind != "store":
-            self.bytes_loaded += address.size * size
-        if kind != "load":
-            self.bytes_stored += address.size * size
+        distinct = np.unique(address).size * size
+        self.bytes_loaded += distinct if kind != "store" else 0
+        self.bytes_stored += distinct if kind != "load" else 0
         seen = np.zeros(address.shape, bool)
         for region in self.regions:
             at = address - region.start

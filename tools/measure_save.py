@@ -86,7 +86,7 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How long a training step is held up by a checkpoint.")
     parser.add_argument("--params", type=float, default=5e7)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

@@ -7,6 +7,7 @@ random number that was drawn for them.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+import iomm.encoders
 import iomm.random
 from iomm.checkpoint.folder import name_of
 from iomm.parallel import mesh as mesh_module
@@ -91,6 +93,9 @@ def do(run: Run, world: Path, out: Path) -> None:
 
 def main() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
+    # The frozen models are the same in all runs, and opening them is a good part of a run's time.
+    iomm.encoders.open_codec = functools.cache(iomm.encoders.open_codec)
+    iomm.encoders.open_mllm = functools.cache(iomm.encoders.open_mllm)
     by_name = {run.name: run for run in EVERY}
     for name in sys.argv[3:]:
         do(by_name[name], world, out)

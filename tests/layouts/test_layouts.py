@@ -19,7 +19,7 @@ from tests.layouts.cases import ALONE, EVERY, JOBS, KILLED, KILLED_AT, KILLED_EV
 from tests.layouts.ranks_layout import do
 from tests.small_run import events
 
-pytestmark = [pytest.mark.parallel, pytest.mark.multi, pytest.mark.slow]
+pytestmark = [pytest.mark.parallel, pytest.mark.multi, pytest.mark.slow, pytest.mark.timeout(1800)]
 # A key's bias adds the same to all scores of a query, which the softmax takes away again: its gradient is
 # rounding and nothing else, and Adam makes steps of it.
 ROUNDING = "conditioner.adapter.key.bias"
@@ -82,7 +82,7 @@ def results(
             for run in runs:
                 do(run, world, out)
         else:
-            torchrun(SCRIPT, world, out, *_ids(runs), ranks=ranks, timeout_s=300)
+            torchrun(SCRIPT, world, out, *_ids(runs), ranks=ranks, timeout_s=900)
     return Results(out)
 
 

@@ -2,7 +2,7 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup kernels demo test lint smoke bench clean
+.PHONY: help setup kernels kernels-gate demo test lint smoke bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -14,6 +14,9 @@ setup:  ## make .venv (once: about 3 minutes and 6 GB; instant afterwards)
 
 kernels: setup  ## compile csrc/ for this machine, where it has a C++ compiler (and nvcc); optional, about half a minute
 	@PYTHONPATH=kernels $(PY) -m iomm_kernels.build
+
+kernels-gate: setup  ## compile every GPU kernel for Hopper (no GPU needed) and judge its machine code
+	@$(PY) tools/kernels_gate.py $(ARGS)
 
 demo: setup  ## both stages on the embedded images, samples and a report (at most 12 minutes on 2 CPU cores)
 	@$(PY) -m iomm.cli demo $(ARGS)

@@ -62,8 +62,8 @@ class Engine:
     Args:
         module: what this rank holds. `module.chunks` are its pipeline chunks, each with parameters of
             `module`; `module.shared`, if there, is trained outside the pipeline and the same on all ranks:
-            its parameters carry `shared_by_all = True`. A module without `chunks` is one chunk. Parameters with
-            `requires_grad=False` are left alone. Moved to the mesh's device.
+            its parameters carry `shared_by_all = True`. A module without `chunks` is one chunk. Parameters
+            with `requires_grad=False` are left alone. Moved to the mesh's device.
         transformer_config: the one its layers were made with.
         optimizer: AdamW or Muon, learning rates, clipping, EMA. Biases and other vectors get no weight decay.
         train: number of steps and precision.

@@ -111,14 +111,13 @@ class Optimizer:
     def grad_norm(self) -> float:
         """2-norm of the gradient of all weights of the model, each counted once; the same on every rank.
 
-        Squares are summed in fp64, over a rank's gradients and over ranks.
+        Squares are summed in the gradient's own dtype within a weight, in fp64 over weights and ranks.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for part in self._parts:
             grads = part.get_grads_for_grad_norm() if self._counts(part) else []
             if grads:
-                norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
-                total += torch.stack(norms).square().sum()
+                total += torch.stack(torch._foreach_norm(grads)).double().square().sum()
         if self._mesh.world_size > 1:
             torch.distributed.all_reduce(total)
         return total.sqrt().item()

@@ -114,7 +114,8 @@ class Pipeline:
             stage: Any = get_attr_wrapped_model(model, "take_carried", return_model_obj=True)
             out, metrics = forward(stage.module, stage.take_carried(), next(batches))
             if not stage.post_process:
-                return out, None
+                # Once sent, its memory is given back, which that of a view cannot be.
+                return (out if out._base is None else out.clone()), None
             logged = {name: value.detach().clone() for name, value in {"loss": out, **metrics}.items()}
             # The schedule divides the loss by the number of micro-batches in place: give it a copy.
             return out.clone(), lambda scaled: (scaled, logged)
@@ -201,6 +202,7 @@ def _settle(config: TransformerConfig, mesh: Mesh) -> None:
     config.virtual_pipeline_model_parallel_size = mesh.virtual_stages if interleaved else None
     config.microbatch_group_size_per_vp_stage = mesh.pp_size
     config.variable_seq_lengths = mesh.pp_size > 1
+    config.deallocate_pipeline_outputs = mesh.pp_size > 1
     # Interleaved with batched messages gives wrong gradients at pp = 2; 1F1B refuses the overlap.
     config.batch_p2p_comm = not interleaved
     config.overlap_p2p_comm = interleaved

@@ -22,7 +22,7 @@ from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.engine import DTYPES, Engine, StepResult
 from iomm.parallel.mesh import Mesh
 
-HIDDEN, BLOCKS, SAMPLES, MICRO_BATCH, STEPS_A_LEG = 8, 4, 8, 1, 2
+HIDDEN, BLOCKS, SAMPLES, MICRO_BATCH, STEPS_A_LEG = 8, 4, 4, 1, 2
 LEGS = {
     2: [{}, dict(tp=2), dict(pp=2), dict(pp=2, virtual_stages=2), dict(pp=2, encoders="shared"),
         dict(tp=2, encoders="shared"), dict(encoders="shared")],

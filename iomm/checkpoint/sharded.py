@@ -177,11 +177,6 @@ def _missing(path: Path, key: str) -> str:
             f"checkpoint {path} has no {key}: it was saved with another optimizer, or by an older iomm. Use "
             f"that, or start from the weights alone: --set train.init_from={path}."
         )
-    if key.startswith("fp8."):
-        return (
-            f"checkpoint {path} has no {key}: it was saved with another fp8.recipe or fp8.keep. Use those, "
-            f"or start from the weights alone: --set train.init_from={path}."
-        )
     return f"checkpoint {path} has no {_what(key)}. It is of another architecture."
 
 

@@ -9,6 +9,7 @@ H steps of history.
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -69,11 +70,16 @@ def use_fp8(module: nn.Module, settings: Fp8Config) -> list[str]:
             layer.use_fp8(settings)
             names.append(weight)
     if any(isinstance(layer, Emulation) for layer in module.modules()):
-        logging.getLogger(__name__).warning(
-            f"fp8.recipe {settings.recipe} is emulated for {len(names)} linears: the numbers are those of "
-            "FP8, the speed and the memory are not. FP8 itself needs parallel.backend=te."
-        )
+        _say(settings.recipe, len(names))
     return names
+
+
+@functools.cache
+def _say(recipe: str, linears: int) -> None:
+    logging.getLogger(__name__).warning(
+        f"fp8.recipe {recipe} is emulated for {linears} linears: the numbers are those of FP8, the speed and "
+        "the memory are not. FP8 itself needs parallel.backend=te."
+    )
 
 
 def fp8_region(
@@ -132,9 +138,13 @@ def fp8_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_fp8_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Inverse of `fp8_state`. A history of another length is cut or filled up; linears without an entry start
-    anew, as all do with an empty state."""
+    """Inverse of `fp8_state`. A history of another length is cut or filled up; linears without an entry keep
+    what they have, which before the first step is a scale of 1, and the log says how many."""
+    keys, missing = ("amax_history", "scale"), 0
     for name, layer in _scaled(module):
-        keys = ("amax_history", "scale")
         if all(f"{name}.{key}" in state for key in keys):
             layer.load_amax_state({key: state[f"{name}.{key}"] for key in keys})
+        elif layer.amax_state() is not None:
+            missing += 1
+    if missing:
+        logging.getLogger(__name__).warning(f"{missing} linears start without a history of FP8 scales.")

@@ -22,6 +22,10 @@ def test_layers_split_over_two_ranks_equal_whole_ones_in_value_and_gradient(
     torchrun(HERE / "ranks_layers.py")
 
 
+def test_emulated_fp8_split_over_two_ranks_equals_that_of_whole_layers(torchrun: Callable[..., str]) -> None:
+    torchrun(HERE / "ranks_fp8.py")
+
+
 def test_two_data_parallel_ranks_equal_one_and_resume_bit_for_bit(
     torchrun: Callable[..., str], mesh: Mesh, tmp_path: Path
 ) -> None:

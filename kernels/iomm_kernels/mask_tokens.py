@@ -146,9 +146,10 @@ def _draw_arguments(index_B: Tensor, hidden_B: Tensor | None) -> tuple[Tensor, T
 def _mask_op(
     x_BNF: Tensor, index_B: Tensor, hidden_B: Tensor | None, seed: int, mask_ratio: float, provider: str
 ) -> Tensor:
-    if provider == "triton":
+    chosen = resolve("mask_tokens", provider, x_BNF.device.type)
+    if chosen == "triton":
         return _launch_mask(x_BNF, index_B, hidden_B, seed, mask_ratio)
-    if provider == "csrc":
+    if chosen == "csrc":
         draw = seed, MASK_STREAM, threshold(mask_ratio)
         return torch.ops.iomm_csrc.mask_tokens(x_BNF, index_B.to(torch.int64), hidden_B, *draw)
     return reference(x_BNF.contiguous(), index_B, seed, mask_ratio, hidden_B)
@@ -177,10 +178,11 @@ _mask_op.register_autograd(_backward, setup_context=_setup)
 def _keep_op(
     index_B: Tensor, hidden_B: Tensor | None, tokens: int, seed: int, mask_ratio: float, provider: str
 ) -> Tensor:
-    if provider == "csrc":
+    chosen = resolve("keep_tokens", provider, index_B.device.type)
+    if chosen == "csrc":
         draw = seed, MASK_STREAM, threshold(mask_ratio)
         return torch.ops.iomm_csrc.keep_tokens(index_B.to(torch.int64), hidden_B, tokens, *draw)
-    if provider == "eager":
+    if chosen == "eager":
         return keep_reference(index_B, tokens, seed, mask_ratio, hidden_B)
     keep_BN = torch.empty(len(index_B), tokens, dtype=torch.bool, device=index_B.device)
     if keep_BN.numel():
@@ -262,7 +264,7 @@ def _case(name: str, shape: tuple[int, int, int], ratio: float, hidden: bool = F
         x_BNF = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         index_B = torch.arange(shape[0], device=device) * 3 + (1 << 33)
         hidden_B = torch.arange(shape[0], device=device) % 2 == 1 if hidden else None
-        return x_BNF, index_B, 2**63 + 7, ratio, hidden_B
+        return x_BNF, index_B, (1 << 40) + 7, ratio, hidden_B
 
     return Case(name=name, make=make)
 

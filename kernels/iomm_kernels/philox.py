@@ -79,6 +79,8 @@ def threshold(ratio: float) -> int:
 def signed_seed(seed: int) -> int:
     """The seed's low 64 bits as an int64, which is what operators and kernels take; the bits drawn are the
     same."""
+    if -(1 << 63) <= seed < 1 << 63:  # first, so that torch.compile meets no wider numbers
+        return seed
     low = seed & 0xFFFFFFFFFFFFFFFF
     return low - (1 << 64) if low >> 63 else low
 

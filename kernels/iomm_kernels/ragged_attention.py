@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from iomm_kernels import launch
-from iomm_kernels.ragged_attention_kernels import launch_backward, launch_forward
+from iomm_kernels.ragged_attention_kernels import LOG2_E, launch_backward, launch_forward
 
 PROVIDERS = ("auto", "triton", "flash", "sdpa", "eager")
 TRITON_HEAD_SIZE = 128  # largest that the kernels hold without spilling
@@ -48,19 +48,15 @@ class Call(NamedTuple):
 
 
 def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (B, P [+ Q], G, K) and visible_BQP: each sample's own rows, without asking the device
-    for a length."""
+    """Keys and values (B, P [+ Q], G, K), P at least 1, and visible_BQP: each sample's own rows, without
+    asking the device for a length. Rows outside of a sample are zeros."""
     B, Q = call.q_BQHK.shape[:2]
-    slot_P = torch.arange(call.longest, device=call.cu_S.device)
+    slot_P = torch.arange(max(1, call.longest), device=call.cu_S.device)
     inside_BP = slot_P < (call.cu_S[1:] - call.cu_S[:-1])[:, None]
-    row_BP = torch.where(inside_BP, call.cu_S[:-1, None] + slot_P, 0).long()
-    outside_BP11 = ~inside_BP[..., None, None]  # may hold anything
+    row_BP = torch.where(inside_BP, call.cu_S[:-1, None] + slot_P, len(call.k_TGK)).long()
+    k_BPGK, v_BPGK = (functional.pad(x, (0, 0, 0, 0, 0, 1))[row_BP] for x in (call.k_TGK, call.v_TGK))
     if call.shown_T is not None:
-        inside_BP = inside_BP & call.shown_T[row_BP]
-    k_BPGK, v_BPGK = (
-        (x[row_BP] if len(x) else x.new_zeros((*row_BP.shape, *x.shape[1:]))).masked_fill(outside_BP11, 0)
-        for x in (call.k_TGK, call.v_TGK)
-    )
+        inside_BP = inside_BP & functional.pad(call.shown_T, (0, 1))[row_BP]
     visible_BQP = inside_BP[:, None].expand(B, Q, -1)
     if call.own_k_BQGK is not None and call.own_v_BQGK is not None:
         causal_QQ = torch.ones(Q, Q, dtype=torch.bool, device=call.cu_S.device).tril()
@@ -71,23 +67,26 @@ def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(call: Call) -> Tensor:
     """o_BQHK in plain PyTorch, any floating dtype, differentiable in q and all keys and values."""
+    return _eager(call)[0]
+
+
+def _eager(call: Call) -> tuple[Tensor, Tensor]:
+    """o_BQHK and lse_BHQ, base 2."""
     k, v, visible_BQP = _padded(call)
-    if not k.shape[1]:
-        return call.q_BQHK * 0
-    group = call.q_BQHK.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    score_BHQP = torch.einsum("bqhk,bphk->bhqp", call.q_BQHK * call.scale, k)
+    k, v = (x.repeat_interleave(call.q_BQHK.shape[2] // x.shape[2], dim=2) for x in (k, v))
     hidden = ~visible_BQP[:, None]
-    top = score_BHQP.masked_fill(hidden, torch.finfo(score_BHQP.dtype).min).amax(-1, keepdim=True).detach()
-    p = (score_BHQP - top).masked_fill(hidden, -torch.inf).exp()
-    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-    return torch.einsum("bhqp,bphk->bqhk", p, v)
+    score_BHQP = torch.einsum("bqhk,bphk->bhqp", call.q_BQHK * call.scale, k).masked_fill(hidden, -torch.inf)
+    top_BHQ1 = score_BHQP.detach().amax(-1, keepdim=True)
+    top_BHQ1 = top_BHQ1.masked_fill(top_BHQ1 == -torch.inf, 0)  # no key: 0 everywhere
+    p_BHQP = (score_BHQP - top_BHQ1).exp()
+    total_BHQ1 = p_BHQP.sum(-1, keepdim=True)
+    total_BHQ1 = total_BHQ1.masked_fill(total_BHQ1 == 0, 1)
+    lse_BHQ = ((top_BHQ1 + total_BHQ1.log()) * LOG2_E)[..., 0].detach()
+    return torch.einsum("bhqp,bphk->bqhk", p_BHQP / total_BHQ1, v), lse_BHQ.float()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
     """PyTorch's attention on (B, rows, heads, K) with visible (B, Q, P)."""
-    if not k.shape[1]:
-        return q * 0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     visible = visible[:, None]
@@ -168,14 +167,14 @@ def _forward(
     q_BQHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, own_k_BQGK: Tensor | None, own_v_BQGK: Tensor | None,
     cu_S: Tensor, shown_T: Tensor | None, longest: int, scale: float, provider: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o_BQHK and lse_BHQ (fp32, base 2; empty without the kernels)."""
+    """o_BQHK and lse_BHQ (fp32, base 2, 0 for a query without any key)."""
     call = Call(q_BQHK, k_TGK, v_TGK, own_k_BQGK, own_v_BQGK, cu_S, shown_T, longest, scale)
     chosen = launch.resolve("ragged_attention", provider, q_BQHK.device.type, q_BQHK.dtype)
-    B, Q, H, _ = q_BQHK.shape
     if chosen == "triton":
         o, lse = launch_forward(*_kernel_inputs(call))
         return o.to(q_BQHK.dtype), lse
-    return reference(call).contiguous(), q_BQHK.new_zeros((B, H, Q), dtype=torch.float32)
+    o, lse = _eager(call)
+    return o.contiguous(), lse.contiguous()
 
 
 @_forward.register_fake
@@ -204,7 +203,8 @@ def _backward(
     def function(*tensors: Tensor) -> Tensor:
         return reference(call._replace(**dict(zip(names, tensors, strict=True))))
 
-    return list(launch.vjp(function, tuple(getattr(call, name) for name in names), do_BQHK))
+    grads = launch.vjp(function, tuple(getattr(call, name) for name in names), do_BQHK)
+    return [g.contiguous() for g in grads]
 
 
 def _differentiated(own: bool, prefix: bool) -> list[str]:

@@ -78,33 +78,14 @@ class Mesh:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def from_stage(self, tensor: Tensor | None, stage: int) -> Tensor:
-        """The tensor of pipeline stage `stage` on every stage; the other stages' argument is not read.
-
-        Any shape and dtype: they travel ahead, pickled.
-        """
-        if self.pp_size == 1:
-            assert tensor is not None
-            return tensor
-        mine = tensor.detach().contiguous() if tensor is not None and self.pp_rank == stage else None
-        like = None if mine is None else (mine.shape, mine.dtype)
-        shape, dtype = self.object_from_stage(like, stage)
-        out = torch.empty(shape, dtype=dtype, device=self.device) if mine is None else mine
-        dist.broadcast(out, src=self._global_stage(stage), group=self.groups.pp)
-        return out
-
     def object_from_stage(self, value: Any, stage: int) -> Any:
         """The value of pipeline stage `stage` on every stage. It travels pickled, between ranks of one job
         only."""
         if self.pp_size == 1:
             return value
         box = [value]
-        source = self._global_stage(stage)
-        dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.device)
+        dist.broadcast_object_list(box, group=self.groups.pp, group_src=stage, device=self.device)
         return box[0]
-
-    def _global_stage(self, stage: int) -> int:
-        return dist.get_global_rank(self.groups.pp, stage)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` on every rank, in the order of ranks."""

@@ -8,13 +8,10 @@ Between chunks travels one tensor (S, B, H) of `config.pipeline_dtype`; its shap
 micro-batches may differ in length.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from iomm.parallel import cpu
 from iomm.parallel.mesh import Mesh
@@ -31,8 +28,6 @@ from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 # forward(chunk, carried, micro_batch): `carried` is what the chunk before returned, None on the first chunk.
 # Returns (carried, {}), on the last chunk (scalar loss, scalars for the log; the same names every time).
 Forward = Callable[[Any, Tensor | None, Any], tuple[Tensor, dict[str, Tensor]]]
-# The same without a loss: the last chunk returns whatever is wanted, tensors in lists, tuples or dicts.
-Infer = Callable[[Any, Tensor | None, Any], Any]
 
 
 @final
@@ -120,34 +115,6 @@ class Pipeline:
             # The schedule divides the loss by the number of micro-batches in place: give it a copy.
             return out.clone(), lambda scaled: (scaled, logged)
 
-        return self._call(forward_step, micro_batches)
-
-    @torch.no_grad()
-    def infer(self, forward: Infer, items: Sequence[Any]) -> list[Any]:
-        """Forward only: what the last chunk returns for each item, on every rank of the pipeline."""
-        if not items:
-            return []
-        # The interleaved schedule wants a multiple of pp: the last item again, its results dropped.
-        missing = -len(items) % self.mesh.pp_size if self.mesh.virtual_stages > 1 else 0
-        padded = [*items, *itertools.repeat(items[-1], missing)]
-
-        def forward_step(batches: Any, model: nn.Module) -> tuple[Any, Callable[..., Any] | None]:
-            stage: Any = get_attr_wrapped_model(model, "take_carried", return_model_obj=True)
-            out = forward(stage.module, stage.take_carried(), next(batches))
-            if not stage.post_process:
-                return out[0] if isinstance(out, tuple) else out, None
-            # The schedule itself looks at a tensor only; the result goes beside it.
-            return torch.zeros((), device=self.mesh.device), lambda _, non_loss_data: out
-
-        hooks = self.config.no_sync_func
-        self.config.no_sync_func = None  # no gradients, nothing to hold back
-        try:
-            results = self._call(forward_step, padded, forward_only=True, collect_non_loss_data=True)
-        finally:
-            self.config.no_sync_func = hooks
-        return self._to_all_stages(results)[: len(items)]
-
-    def _call(self, forward_step: Any, micro_batches: Sequence[Any], **options: Any) -> list[Any]:
         interleaved = self.mesh.virtual_stages > 1
         return self._schedule(
             forward_step_func=forward_step,
@@ -157,27 +124,7 @@ class Pipeline:
             seq_length=1,  # of pipeline buffers with fixed shapes, which are not used
             micro_batch_size=1,
             **self._groups,
-            **options,
         )
-
-    def _to_all_stages(self, results: list[Any]) -> list[Any]:
-        if self.mesh.pp_size == 1:
-            return results
-        last = self.mesh.pp_size - 1
-        leaves, structure = pytree.tree_flatten(results)
-        tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
-        objects = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        is_tensor = [t is not None for t in tensors]
-        # TreeSpec travels as text, the way torch stores it in exported programs.
-        structure, objects, is_tensor = self.mesh.object_from_stage(
-            (pytree.treespec_dumps(structure), objects, is_tensor), last
-        )
-        tensors = tensors if self.mesh.is_last_stage else [None] * len(objects)
-        out = [
-            self.mesh.from_stage(t, last) if tensor_here else o
-            for t, o, tensor_here in zip(tensors, objects, is_tensor, strict=True)
-        ]
-        return pytree.tree_unflatten(out, pytree.treespec_loads(structure))
 
     def _check_count(self, count: int) -> None:
         mesh = self.mesh

@@ -146,17 +146,14 @@ def engine(
     config = transformer_config(HIDDEN, 2, dtype, mesh, parallel)
     toy = Toy(Layers(config, mesh), parallel, mesh)
     generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, Any] = dict(toy.named_parameters())
     with torch.no_grad():
-        for name, whole in whole_shapes().items():
-            drawn, weight = (
-                torch.randn(whole, generator=generator) * 0.4,
-                dict(toy.named_parameters()).get(name),
-            )
-            if weight is not None:
-                split = getattr(weight, "tensor_model_parallel", False)
-                weight.copy_(
-                    drawn.chunk(mesh.tp_size, weight.partition_dim)[mesh.tp_rank] if split else drawn
-                )  # type: ignore[attr-defined]
+        for name, shape in whole_shapes().items():
+            whole = torch.randn(shape, generator=generator) * 0.4
+            if name in weights and getattr(weights[name], "tensor_model_parallel", False):
+                whole = whole.chunk(mesh.tp_size, weights[name].partition_dim)[mesh.tp_rank]
+            if name in weights:
+                weights[name].copy_(whole)
     train = TrainConfig(
         steps=99, global_batch_images=SAMPLES, micro_batch_images=MICRO_BATCH, precision=precision
     )
@@ -190,17 +187,6 @@ def step(made: Engine, batch: list[Item], mesh: Mesh) -> StepResult:
 
 def dtype_of(made: Engine) -> torch.dtype:
     return next(made.module.parameters()).dtype
-
-
-def losses(made: Engine, mesh: Mesh) -> list[float]:
-    """By inference, of a number of items that no pipeline divides, on every rank."""
-    toy, batch = made.module, items(0, dtype_of(made))[1:]
-    assert isinstance(toy, Toy)
-    if toy.shared is not None:
-        with torch.no_grad():
-            conditions(toy, batch, mesh)
-    results = made.pipeline.infer(lambda *inputs: forward(*inputs)[0], batch)
-    return [loss.item() for loss in results]
 
 
 def _shards(state: Any) -> Iterator[Any]:
@@ -242,26 +228,24 @@ def load(made: Engine, whole: Mapping[str, Any]) -> None:
     made.load_sharded_state(fill({k: v for k, v in state.items() if k not in counts}) | counts)
 
 
-def race(kind: str, precision: str, distributed: bool, legs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Hand one run from layout to layout."""
-    numbers, whole = [], None
+def race(cases: list[str], legs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Hand the run of every case from layout to layout: (numbers of all steps, last state) by case."""
+    numbers: dict[str, list[list[float]]] = {case: [] for case in cases}
+    states: dict[str, Any] = {}
     for leg, layout in enumerate(legs):
-        parallel = ParallelConfig(**layout)
         mesh_module.stop()
+        parallel = ParallelConfig(**layout)
         mesh = mesh_module.start(parallel)
-        made = engine(kind, precision, distributed, parallel, mesh, seed=leg)
-        if whole is not None:
-            load(made, whole)
-        numbers.append(run_leg(made, leg, mesh))
-        check_average(made)
-        check_bad_step(made, mesh)
-        whole = whole_state(made, mesh)
-    assert whole is not None
-    return {"numbers": numbers, "state": whole}
-
-
-def run_leg(made: Engine, leg: int, mesh: Mesh) -> list[list[float]]:
-    return [*train(made, leg * STEPS_A_LEG, STEPS_A_LEG, mesh), losses(made, mesh)]
+        for case in cases:
+            kind, precision, distributed = case.split("-")
+            made = engine(kind, precision, distributed == "sharded", parallel, mesh, seed=leg)
+            if case in states:
+                load(made, states[case])
+            numbers[case] += train(made, leg * STEPS_A_LEG, STEPS_A_LEG, mesh)
+            check_average(made)
+            check_bad_step(made, mesh)
+            states[case] = whole_state(made, mesh)
+    return {case: {"numbers": numbers[case], "state": states[case]} for case in cases}
 
 
 def check_bad_step(made: Engine, mesh: Mesh) -> None:
@@ -289,11 +273,9 @@ def check_average(made: Engine) -> None:
 
 
 def main() -> None:
-    out, ranks = {}, int(os.environ["WORLD_SIZE"])
-    for case in sys.argv[2:]:
-        kind, precision, distributed = case.split("-")
-        out[case] = race(kind, precision, distributed == "sharded", LEGS[ranks])
-    mesh = mesh_module.start(ParallelConfig(**LEGS[ranks][-1]))
+    legs = LEGS[int(os.environ["WORLD_SIZE"])]
+    out = race(sys.argv[2:], legs)
+    mesh = mesh_module.start(ParallelConfig(**legs[-1]))
     if mesh.rank == 0:
         torch.save(out, Path(sys.argv[1]))
     mesh.barrier()

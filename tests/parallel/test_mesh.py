@@ -54,5 +54,4 @@ def test_what_ranks_say_to_each_other_is_plain_in_one_process(mesh: Mesh) -> Non
     assert mesh.gather_objects("x") == ["x"]
     assert mesh.any_rank(True) and not mesh.any_rank(False)
     assert mesh.object_from_stage("x", 0) == "x"
-    assert torch.equal(mesh.from_stage(torch.arange(3.0), 0), torch.arange(3.0))
     assert torch.equal(mesh.mean_over_dp(torch.arange(3.0)), torch.arange(3.0))

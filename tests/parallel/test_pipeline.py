@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iomm.config import ParallelConfig
 from iomm.parallel.backend import transformer_config
@@ -15,20 +15,6 @@ from iomm.parallel.pipeline import Pipeline
 def pipeline(mesh: Mesh, chunks: int = 1) -> Pipeline:
     config = transformer_config(4, 1, torch.float64, mesh, ParallelConfig())
     return Pipeline([nn.Linear(4, 4, dtype=torch.float64) for _ in range(chunks)], config, mesh)
-
-
-def test_inference_returns_what_the_chunk_returns_whatever_its_shape_is_without_gradients(mesh: Mesh) -> None:
-    made = pipeline(mesh)
-    items = [torch.randn(n, 4, dtype=torch.float64) for n in (1, 3)]
-
-    def forward(chunk: nn.Module, carried: Tensor | None, item: Tensor) -> dict[str, Tensor]:
-        assert carried is None
-        return {"out": chunk(item)}
-
-    results = made.infer(forward, items)
-    for result, item in zip(results, items, strict=True):
-        assert torch.equal(result["out"], made.models[0].module(item)) and not result["out"].requires_grad
-    assert made.infer(forward, []) == []
 
 
 def test_a_rank_with_another_number_of_chunks_than_virtual_stages_is_refused(mesh: Mesh) -> None:

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     OPS: tuple[Op, ...]  # all records; reading it imports the operators, and Triton where it is installed
 
 # One operator a name; a new operator is one file and one word here.
-MODULES = ("mask_tokens", "modulate", "gated_residual", "flow_noise", "velocity_mse", "qk_norm_rope")
+MODULES = (
+    "mask_tokens",
+    "pack_tokens",
+    "masked_cross_attention",
+    "prefix_attention",
+    "modulate",
+    "gated_residual",
+    "gated_residual_modulate",
+    "modulate_fp8",
+    "flow_noise",
+    "velocity_mse",
+    "qk_norm_rope",
+)
 
 
 def __getattr__(name: str) -> "tuple[Op, ...]":

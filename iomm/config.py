@@ -322,6 +322,9 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    # Who computes the memory-bound operators (iomm_kernels); auto: Triton on a GPU, compiled C++ on a CPU if
+    # it was built, else plain PyTorch.
+    kernels: Literal["auto", "triton", "csrc", "eager"] = "auto"
     out_dir: str = "runs"  # the run's folder is out_dir/name
 
     @property

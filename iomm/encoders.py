@@ -47,7 +47,7 @@ class Encoders:
         # step.
         self.codec = open_codec(config.codec, torch.promote_types(dtype, torch.float32), device)
         self.mllm = open_mllm(config.mllm, dtype, device)
-        self.prefixes = PrefixBuilder(self.mllm, config.condition)
+        self.prefixes = PrefixBuilder(self.mllm, config.condition, config.kernels)
         self.grid = self.codec.grid(config.data.image_px)
         if self.codec.token_channels != config.generator.token_channels:
             raise ValueError(
@@ -89,12 +89,6 @@ class Encoders:
 
     def noise(self, seed: int, stream: Stream, index_B: Tensor) -> Tensor:
         """Standard normal (B, L, C) of these sample indices."""
-        return noise(seed, stream, index_B.to(self.codec.device), self.shapes.latent_LC, self.codec.dtype)
-
-
-def noise(
-    seed: int, stream: Stream, index_B: Tensor, latent_LC: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Standard normal (B, L, C) of these sample indices, on their device."""
-    length, channels = latent_LC
-    return normal(seed, stream, index_B, length * channels).view(-1, length, channels).to(dtype)
+        length, channels = self.shapes.latent_LC
+        flat = normal(seed, stream, index_B.to(self.codec.device), length * channels)
+        return flat.view(-1, length, channels).to(self.codec.dtype)

@@ -20,9 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.conditioning.conditioner import Conditioner
 from iomm.conditioning.mllm import FrozenMllm, Prefix
 from iomm.config import Config
-from iomm.encoders import Encoded, Encoders, Shapes, noise
-from iomm.flow.loss import velocity_loss
-from iomm.flow.path import Prediction, grid_positions, interpolate, to_velocity, velocity_target
+from iomm.encoders import Encoded, Encoders, Shapes
+from iomm.flow.path import Prediction, grid_positions, to_velocity
 from iomm.flow.sampler import Guided, Method, Sampled, sample
 from iomm.flow.timesteps import training_timesteps
 from iomm.model.flops import block_costs, first_cost, last_cost
@@ -36,6 +35,8 @@ from iomm.parallel.mesh import Mesh
 from iomm.parallel.relay import Pass, Relay
 from iomm.parallel.stages import Chunk, chunks_of, split, whole
 from iomm.random import Stream
+from iomm_kernels.flow_noise import flow_noise
+from iomm_kernels.velocity_mse import velocity_mse
 
 FAMILIES = {"flux": MMDiT, "z_image": SingleStreamDiT}
 Condition = tuple[Tensor, Tensor | None]  # condition_BTE, attend_BT (None: every token counts)
@@ -88,7 +89,8 @@ class System(nn.Module):
         self.backend_config = transformer_config(
             generator.hidden_size, generator.heads, dtype, mesh, config.parallel
         )
-        self.generator = FAMILIES[generator.family](generator, Layers(self.backend_config, mesh), stages)
+        layers = Layers(self.backend_config, mesh, config.kernels)
+        self.generator = FAMILIES[generator.family](generator, layers, stages)
         blocks = generator.double_blocks + generator.single_blocks
         self.stages: tuple[Chunk, ...] = (whole(blocks),) if stages is None else tuple(stages)
         # Dealt to all ranks of the model-parallel group, the conditioner is trained outside the pipeline.
@@ -135,12 +137,13 @@ class System(nn.Module):
             better.
         """
         seed, x_BLC = self.config.train.seed, item.latent_BLC
-        z_BLC = t_B = x_t_BLC = None
+        t_B = x_t_BLC = target_BLC = None
         if chunk.first or chunk.last:  # drawn again where needed: the draws are functions of the sample index
             index_B = item.index_B.to(x_BLC.device)
-            z_BLC = noise(seed, Stream.NOISE, index_B, self.shapes.latent_LC, x_BLC.dtype)
             t_B = training_timesteps(self.config.flow, seed, index_B)
-            x_t_BLC = interpolate(x_BLC, z_BLC, t_B)
+            x_t_BLC, target_BLC = flow_noise(
+                x_BLC, t_B, index_B, seed, Stream.NOISE, provider=self.config.kernels
+            )
         what, out = Pass(item.condition_tokens, item.attend_BT), carried_SBD
         if chunk.first:
             assert x_t_BLC is not None and t_B is not None
@@ -155,9 +158,9 @@ class System(nn.Module):
             out = self._next(chunk, carried_SBD, what)
         if not chunk.last:
             return out
-        assert z_BLC is not None and t_B is not None and x_t_BLC is not None
+        assert t_B is not None and x_t_BLC is not None and target_BLC is not None
         velocity_BLC = self._to_velocity(out, x_t_BLC, t_B)
-        return velocity_loss(velocity_BLC, velocity_target(x_BLC, z_BLC))
+        return velocity_mse(velocity_BLC, target_BLC, provider=self.config.kernels)
 
     def velocity(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """The network's velocity at x_t, whatever it predicts; in the dtype of x_t or fp32, the wider.

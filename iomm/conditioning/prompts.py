@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from iomm.conditioning.mask import keep_tokens, null_samples, pack_attended
+from iomm.conditioning.mask import null_samples, pack_attended
 from iomm.conditioning.mllm import FrozenMllm, Prefix
 from iomm.config import ConditionConfig
+from iomm_kernels.mask_tokens import keep_tokens, mask_tokens
 
 
 class PrefixBuilder:
     """Builds prefixes for one MLLM and one set of condition settings."""
 
-    def __init__(self, mllm: FrozenMllm, config: ConditionConfig) -> None:
-        self.mllm, self.config = mllm, config
+    def __init__(self, mllm: FrozenMllm, config: ConditionConfig, kernels: str = "auto") -> None:
+        self.mllm, self.config, self.kernels = mllm, config, kernels
         for name in ("aux_prompt", "null_prompt"):
             try:
                 mllm.tokenize(getattr(config, name))
@@ -48,27 +49,36 @@ class PrefixBuilder:
             for caption, null in zip(captions, null_B.tolist(), strict=True)
         ]
         image_B = torch.tensor([caption is None for caption in captions])
-        keep_BN = keep_tokens(seed, index_B, self.mllm.image_tokens, config.mask_ratio) & ~null_B[:, None]
-        return self.build(texts, patches_BNF, image_B, keep_BN)
+        if patches_BNF is None or not bool(image_B.any()):
+            return self.for_text(texts)
+        index_B, null_B = index_B.to(patches_BNF.device), null_B.to(patches_BNF.device)
+        draw = (seed, config.mask_ratio, null_B, self.kernels)
+        if config.mask_mode == "zero":
+            return self._build(texts, mask_tokens(patches_BNF, index_B, *draw), image_B, None)
+        return self._build(texts, patches_BNF, image_B, keep_tokens(index_B, self.mllm.image_tokens, *draw))
 
     def for_text(self, prompts: Sequence[str]) -> Prefix:
         """Prefix of generation from prompts."""
-        return self.build(prompts, None, None, None)
+        return self._build(prompts, None, None, None)
 
     def for_images(self, patches_BNF: Tensor, keep_BN: Tensor) -> Prefix:
         """Prefix of a reconstruction; `keep_BN` all False is the null condition of image samples."""
         texts = [self.config.aux_prompt] * len(patches_BNF)
-        return self.build(texts, patches_BNF, torch.ones(len(patches_BNF), dtype=torch.bool), keep_BN)
+        image_B = torch.ones(len(patches_BNF), dtype=torch.bool)
+        keep_BN = keep_BN.to(patches_BNF.device)
+        if self.config.mask_mode == "zero":
+            return self._build(texts, patches_BNF * keep_BN[..., None], image_B, None)
+        return self._build(texts, patches_BNF, image_B, keep_BN)
 
-    def build(
+    def _build(
         self,
         texts: Sequence[str],
         patches_BNF: Tensor | None,
         image_B: Tensor | None,
-        keep_BN: Tensor | None,
+        shown_BN: Tensor | None,
     ) -> Prefix:
-        """Rows [ text | patches ]; `image_B` says which rows have patches, `keep_BN` which of those are
-        unmasked."""
+        """Rows [ text | patches ]; `image_B` says which rows have patches, `shown_BN` which of those may be
+        attended to (None: all)."""
         device = self.mllm.device
         ids = [torch.tensor(self.mllm.tokenize(text)) for text in texts]
         count_B = torch.tensor([len(i) for i in ids], device=device)
@@ -76,20 +86,17 @@ class PrefixBuilder:
         c = self.mllm.embed(ids_BA)
         slot_A = torch.arange(ids_BA.shape[1], device=device)
         attend, deepstack, text_slots = slot_A < count_B[:, None], None, len(slot_A)
-        if patches_BNF is None or image_B is None or keep_BN is None or not bool(image_B.any()):
+        if patches_BNF is None or image_B is None:
             position, length_B = self.mllm.positions(text_slots, count_B, None)
         else:
-            image_B, keep_BN = image_B.to(device), keep_BN.to(device)
-            patches_BNF = patches_BNF.to(device, c.dtype)
-            if self.config.mask_mode == "zero":
-                patches_BNF, shown_BN = patches_BNF * keep_BN[..., None], torch.ones_like(keep_BN)
-            else:
-                shown_BN = keep_BN
+            image_B, patches_BNF = image_B.to(device), patches_BNF.to(device, c.dtype)
+            image_BN = image_B[:, None].expand(patches_BNF.shape[:2])
+            shown_BN = image_BN if shown_BN is None else shown_BN.to(device) & image_BN
             width = c.shape[-1]
             if patches_BNF.shape[-1] > width:
                 deepstack = functional.pad(patches_BNF[..., width:], (0, 0, text_slots, 0))
             c = torch.cat((c, patches_BNF[..., :width]), dim=1)
-            attend = torch.cat((attend, shown_BN & image_B[:, None]), dim=1)
+            attend = torch.cat((attend, shown_BN), dim=1)
             position, length_B = self.mllm.positions(text_slots, count_B, image_B)
         if self.config.mask_mode == "drop":
             extra = () if deepstack is None else (deepstack,)

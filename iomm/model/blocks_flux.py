@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iomm.config import GeneratorConfig
-from iomm.model.layers import Modulation, QueryKeyNorm, attention, modulate, split_heads
-from iomm.model.rope import Rope, rotate
+from iomm.model.layers import NORM_EPS, Modulation, QueryKeyNorm, attention, split_heads
+from iomm.model.rope import Rope
 from iomm.parallel.backend import Layers
+from iomm_kernels.gated_residual import gated_residual
+from iomm_kernels.gated_residual_modulate import gated_residual_modulate
+from iomm_kernels.modulate import modulate
 
 
 class Mlp(nn.Module):
@@ -35,16 +38,20 @@ class StreamWeights(nn.Module):
     def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.head_size = d // config.heads
+        self.head_size, self.kernels = d // config.heads, layers.kernels
         self.modulation = Modulation(layers, d, 6)
         self.qkv = layers.column(d, 3 * d)
         self.norm = QueryKeyNorm(layers, self.head_size)
         self.attention_out = layers.row(d, d)
         self.mlp = Mlp(layers, config)
 
-    def project(self, x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(modulate(x_LBD, shift_BD, scale_BD)), self.head_size)
-        return *self.norm(q, k), v
+    def project(
+        self, x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, rope_: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normalised and turned) and v of the whole stream; `rope_` is of its tokens."""
+        h_LBD = modulate(x_LBD, shift_BD, scale_BD, eps=NORM_EPS, provider=self.kernels)
+        q, k, v = split_heads(self.qkv(h_LBD), self.head_size)
+        return *self.norm(q, k, rope_), v
 
     def update(
         self,
@@ -55,8 +62,11 @@ class StreamWeights(nn.Module):
         scale_BD: Tensor,
         gate_mlp_BD: Tensor,
     ) -> Tensor:
-        x_LBD = x_LBD + gate_attention_BD * self.attention_out(attended)
-        return x_LBD + gate_mlp_BD * self.mlp(modulate(x_LBD, shift_BD, scale_BD))
+        y_LBD = self.attention_out(attended)
+        x_LBD, h_LBD = gated_residual_modulate(
+            x_LBD, gate_attention_BD, y_LBD, shift_BD, scale_BD, eps=NORM_EPS, provider=self.kernels
+        )
+        return gated_residual(x_LBD, gate_mlp_BD, self.mlp(h_LBD), provider=self.kernels)
 
 
 class DoubleBlock(nn.Module):
@@ -72,7 +82,7 @@ class DoubleBlock(nn.Module):
         self.condition = StreamWeights(layers, config)
         self.image = StreamWeights(layers, config)
         self.attend = layers.attention(config.heads, config.hidden_size // config.heads)
-        self.last = last
+        self.sequence_ranks, self.last = layers.sequence_ranks, last
         if last:
             self.condition.attention_out.requires_grad_(False)
             self.condition.mlp.requires_grad_(False)
@@ -83,13 +93,11 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         c_shift, c_scale, *c_gates = self.condition.modulation(time_BD)
         x_shift, x_scale, *x_gates = self.image.modulation(time_BD)
-        c_qkv, x_qkv = (
-            self.condition.project(c_TBD, c_shift, c_scale),
-            self.image.project(x_LBD, x_shift, x_scale),
-        )
+        t, x_length = (len(stream) * self.sequence_ranks for stream in (c_TBD, x_LBD))  # gathered
+        cos_SP, sin_SP = rope_
+        c_qkv = self.condition.project(c_TBD, c_shift, c_scale, (cos_SP[:t], sin_SP[:t]))
+        x_qkv = self.image.project(x_LBD, x_shift, x_scale, (cos_SP[t:], sin_SP[t:]))
         q, k, v = (torch.cat(pair) for pair in zip(c_qkv, x_qkv, strict=True))
-        q, k = rotate(q, rope_), rotate(k, rope_)
-        t, x_length = c_qkv[0].shape[0], x_qkv[0].shape[0]  # of the gathered streams
         if self.last:
             x_attended = attention(q[t:], k, v, attend_BS, self.attend)
         else:
@@ -105,7 +113,7 @@ class SingleBlock(nn.Module):
     def __init__(self, layers: Layers, config: GeneratorConfig) -> None:
         super().__init__()
         d, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.head_size = d // config.heads
+        self.head_size, self.kernels = d // config.heads, layers.kernels
         self.modulation = Modulation(layers, d, 3)
         self.qkv = layers.column(d, 3 * d)
         self.norm = QueryKeyNorm(layers, self.head_size)
@@ -118,9 +126,9 @@ class SingleBlock(nn.Module):
 
     def forward(self, s_SBD: Tensor, time_BD: Tensor, rope_: Rope, attend_BS: Tensor | None) -> Tensor:
         shift, scale, gate = self.modulation(time_BD)
-        h = modulate(s_SBD, shift, scale)
+        h = modulate(s_SBD, shift, scale, eps=NORM_EPS, provider=self.kernels)
         q, k, v = split_heads(self.qkv(h), self.head_size)
-        q, k = self.norm(q, k)
-        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS, self.attend)
+        q, k = self.norm(q, k, rope_)
+        attended = attention(q, k, v, attend_BS, self.attend)
         mlp = self.mlp_out(functional.gelu(self.mlp_in(h), approximate="tanh"))
-        return s_SBD + gate * (self.attention_out(attended) + mlp)
+        return gated_residual(s_SBD, gate, self.attention_out(attended) + mlp, provider=self.kernels)

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from iomm.config import GeneratorConfig
 from iomm.model.layers import QueryKeyNorm, attention, split_heads, zero_init
-from iomm.model.rope import Rope, rotate
+from iomm.model.rope import Rope
 from iomm.parallel.backend import Layers
+from iomm_kernels.gated_residual import gated_residual
 
 NORM_EPS = 1e-5
 MODULATION_CHANNELS = 256  # at most; a narrower model has its own width
@@ -63,7 +64,7 @@ class Block(nn.Module):
     def __init__(self, layers: Layers, config: GeneratorConfig, *, modulated: bool) -> None:
         super().__init__()
         d = config.hidden_size
-        self.head_size = d // config.heads
+        self.head_size, self.kernels = d // config.heads, layers.kernels
         self.qkv = layers.column(d, 3 * d, bias=False)
         self.norm = QueryKeyNorm(layers, self.head_size, eps=NORM_EPS)
         self.attend = layers.attention(config.heads, self.head_size)
@@ -81,17 +82,18 @@ class Block(nn.Module):
             scale_attention, gate_attention, scale_mlp, gate_mlp = self.modulation(time_BM).chunk(4, dim=-1)
         h = scaled(self.attention_norm_in(s_SBD), scale_attention)
         q, k, v = split_heads(self.qkv(h), self.head_size)
-        q, k = self.norm(q, k)
-        attended = attention(rotate(q, rope_), rotate(k, rope_), v, attend_BS, self.attend)
+        q, k = self.norm(q, k, rope_)
+        attended = attention(q, k, v, attend_BS, self.attend)
         update = self.attention_norm_out(self.attention_out(attended))
-        s_SBD = s_SBD + _gated(update, gate_attention)
+        s_SBD = self._add(s_SBD, gate_attention, update)
         mlp = self.mlp(scaled(self.mlp_norm_in(s_SBD), scale_mlp))
-        return s_SBD + _gated(self.mlp_norm_out(mlp), gate_mlp)
+        return self._add(s_SBD, gate_mlp, self.mlp_norm_out(mlp))
+
+    def _add(self, s_SBD: Tensor, gate_BD: Tensor | None, update_SBD: Tensor) -> Tensor:
+        if gate_BD is None:
+            return s_SBD + update_SBD
+        return gated_residual(s_SBD, gate_BD.tanh(), update_SBD, provider=self.kernels)
 
 
 def scaled(x_SBD: Tensor, scale_BD: Tensor | None) -> Tensor:
     return x_SBD if scale_BD is None else x_SBD * (1 + scale_BD)
-
-
-def _gated(x_SBD: Tensor, gate_BD: Tensor | None) -> Tensor:
-    return x_SBD if gate_BD is None else x_SBD * gate_BD.tanh()

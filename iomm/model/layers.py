@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from iomm.model.rope import Rope
 from iomm.parallel.backend import Layers
+from iomm_kernels.qk_norm_rope import qk_norm_rope
 
 NORM_EPS = 1e-6
 
@@ -61,21 +63,20 @@ class Modulation(nn.Module):
         return self.linear(time_BD).chunk(self.n, dim=-1)
 
 
-def modulate(x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Affine-free LayerNorm, then x (1 + scale) + shift."""
-    return functional.layer_norm(x_LBD, x_LBD.shape[-1:], eps=NORM_EPS) * (1 + scale_BD) + shift_BD
-
-
 class QueryKeyNorm(nn.Module):
-    """RMSNorm over each head's channels, separate weights for queries and keys (FLUX)."""
+    """RMSNorm over each head's channels, separate weights for queries and keys (FLUX), then the rotary
+    embedding."""
 
     def __init__(self, layers: Layers, head_size: int, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.query = layers.head_norm(head_size, eps=eps)
         self.key = layers.head_norm(head_size, eps=eps)
+        self.eps, self.kernels = eps, layers.kernels
 
-    def forward(self, q_LBHK: Tensor, k_LBHK: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query(q_LBHK), self.key(k_LBHK)
+    def forward(self, q_LBHK: Tensor, k_LBHK: Tensor, rope_: Rope) -> tuple[Tensor, Tensor]:
+        cos_LP, sin_LP = rope_
+        weights = self.query(), self.key()
+        return qk_norm_rope(q_LBHK, k_LBHK, *weights, cos_LP, sin_LP, self.eps, provider=self.kernels)
 
 
 def split_heads(qkv_LBE: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:

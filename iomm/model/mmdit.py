@@ -21,12 +21,13 @@ from torch.nn import functional
 
 from iomm.config import GeneratorConfig
 from iomm.model.blocks_flux import DoubleBlock, SingleBlock
-from iomm.model.layers import Modulation, VectorEmbedding, modulate, timestep_embedding, zero_init
+from iomm.model.layers import NORM_EPS, Modulation, VectorEmbedding, timestep_embedding, zero_init
 from iomm.model.packed import Geometry, joint_order, local_length, local_slice, pack, unpack
 from iomm.model.recompute import run_block
 from iomm.model.rope import rope
 from iomm.parallel.backend import Layers
 from iomm.parallel.stages import Chunk, whole
+from iomm_kernels.modulate import modulate
 
 SINUSOIDS = 256  # numbers that a timestep or a guidance scale is spread into
 
@@ -209,7 +210,8 @@ class MMDiT(nn.Module):
 
     def _predict(self, time_BD: Tensor, x_LBD: Tensor) -> Tensor:
         scale, shift = self.out_modulation(time_BD)
-        return self.layers.gather(self.out(modulate(x_LBD, shift, scale))).transpose(0, 1)
+        h_LBD = modulate(x_LBD, shift, scale, eps=NORM_EPS, provider=self.layers.kernels)
+        return self.layers.gather(self.out(h_LBD)).transpose(0, 1)
 
     def _steering(self, t_B: Tensor, pooled_BP: Tensor | None, guidance_B: Tensor | None) -> Tensor:
         """What modulates every block (B, D): SiLU (which every user applies first) of the time's embedding,

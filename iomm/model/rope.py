@@ -1,7 +1,8 @@
 """Three-axis rotary position embedding (FLUX; RoFormer, arXiv 2104.09864).
 
 A head's channels are split among (frame, row, column). Neighbouring channels form a pair that is turned by
-the angle position / theta^(2 i / axis size). L tokens, K channels of a head, B samples, H heads.
+the angle position / theta^(2 i / axis size); `iomm_kernels.qk_norm_rope` turns them. L tokens, K channels of
+a head, B samples.
 """
 
 import torch
@@ -27,11 +28,3 @@ def rope(
     angle_LP = torch.cat(angles, dim=-1)
     store = torch.promote_types(dtype, torch.float32)
     return angle_LP.cos().to(store), angle_LP.sin().to(store)
-
-
-def rotate(x_LBHK: Tensor, rope_: Rope) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) by its angle, in fp32 or better; returns the input's dtype."""
-    cos, sin = (part[:, None, None] if part.ndim == 2 else part[:, :, None] for part in rope_)
-    even, odd = x_LBHK.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_LBHK.dtype)

@@ -107,11 +107,15 @@ def _recompute(mode: str) -> dict[str, Any]:
 
 @final
 class Layers:
-    """Makes the layers of one model. All of them are uninitialised and take `config.params_dtype`."""
+    """Makes the layers of one model. All of them are uninitialised and take `config.params_dtype`.
 
-    def __init__(self, config: TransformerConfig, mesh: Mesh) -> None:
+    `kernels` is the provider of the operators between them (`iomm_kernels.launch`).
+    """
+
+    def __init__(self, config: TransformerConfig, mesh: Mesh, kernels: str = "auto") -> None:
         self.config = config
         self.mesh = mesh
+        self.kernels = kernels
         # Imported where it is used only: without a GPU the import fails.
         self._te: Any = (
             None if config.transformer_impl == "local" else importlib.import_module("iomm.parallel.te")
@@ -160,7 +164,7 @@ class Layers:
         return None if self._te is None else self._te.Attention(self.heads_per_rank(heads), head_size)
 
     def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
-        """RMSNorm over one head's channels, for queries and keys."""
+        """The weight of an RMSNorm over one head's channels, for queries and keys."""
         return HeadNorm(head_size, eps=eps, config=self.config, mesh=self.mesh)
 
     def checkpoint(self, block: nn.Module, *args: Any) -> Any:

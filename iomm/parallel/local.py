@@ -117,7 +117,7 @@ class Replicated(nn.Linear):
 
 @final
 class HeadNorm(nn.Module):
-    """RMSNorm over the channels of a head, x (..., H/tp heads, K) -> same; one weight of K for all heads.
+    """The weight of an RMSNorm over the channels of a head, K numbers for all heads; calling gives it.
 
     Each rank sees its own heads only, so the weight's gradient is summed over the tensor-parallel ranks: here
     or, with sequence parallelism, once a step together with all other parts of gradients.
@@ -129,8 +129,7 @@ class HeadNorm(nn.Module):
         self.tp_group = mesh.groups.tp if mesh.tp_size > 1 and not config.sequence_parallel else None
         self.weight = nn.Parameter(torch.empty(head_size, dtype=config.params_dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.tp_group is not None:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def forward(self) -> Tensor:
+        if self.tp_group is None:
+            return self.weight
+        return copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)

@@ -259,12 +259,14 @@ def _check_draw(index_B: Tensor, mask_ratio: float, hidden_B: Tensor | None) -> 
 # record
 
 
-def _case(name: str, shape: tuple[int, int, int], ratio: float, hidden: bool = False) -> Case:
+def _case(
+    name: str, shape: tuple[int, int, int], ratio: float, hidden: bool = False, seed: int = (1 << 40) + 7
+) -> Case:
     def make(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         x_BNF = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         index_B = torch.arange(shape[0], device=device) * 3 + (1 << 33)
         hidden_B = torch.arange(shape[0], device=device) % 2 == 1 if hidden else None
-        return x_BNF, index_B, (1 << 40) + 7, ratio, hidden_B
+        return x_BNF, index_B, seed, ratio, hidden_B
 
     return Case(name=name, make=make)
 
@@ -303,6 +305,7 @@ def _compile(dtype: str, width: int) -> Compile:
         num_warps=WARPS,
         min_occupancy=0.75,
         streaming=True,
+        scalars=2,  # index and null flag of a token's sample
         bytes_min=moved + batch * 9,
         bytes_actual=moved + batch * tokens * 9,
     )  # fmt: skip
@@ -325,6 +328,7 @@ OP = Op(
         _case("one token", (1, 1, 16), 0.5),
         _case("odd lengths", (3, 7, 33), 0.5),
         _case("null samples", (2, 5, 8), 0.3, hidden=True),
+        _case("seed of 64 bits", (2, 5, 8), 0.5, seed=(1 << 63) + 7),
         _case("nothing kept", (2, 3, 16), 1.0),
         _case("everything kept", (2, 3, 16), 0.0),
         _case("two column tiles", (1, 2, 600), 0.5),

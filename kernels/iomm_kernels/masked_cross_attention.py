@@ -144,4 +144,5 @@ OP = Op(
         *records.compiles("masked_cross_attention", [Shape(H=12, G=12, K=128, **_STEP)], torch.float32),
     ),
     bench=_bench,
+    flops=lambda *args: records.flops(_call(*args)),
 )

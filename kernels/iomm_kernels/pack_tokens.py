@@ -308,6 +308,7 @@ def _compile(dtype: str, two: bool) -> Compile:
         num_warps=WARPS,
         min_occupancy=0.5,
         streaming=True,
+        scalars=2,  # a row's index
         bytes_min=moved,
         bytes_actual=moved,
     )

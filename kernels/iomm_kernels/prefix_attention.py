@@ -141,4 +141,5 @@ OP = Op(
         *records.compiles("prefix_attention", [Shape(H=12, G=2, K=128, **_STEP)], torch.float32),
     ),
     bench=_bench,
+    flops=lambda *args: records.flops(_call(*args)),
 )

@@ -69,6 +69,13 @@ def bytes_issued(call: Call) -> int:
     return _forward_bytes(call)[1]
 
 
+def flops(call: Call) -> int:
+    """Of the forward pass: two products over the scores that count; a key mask is not counted off."""
+    s = shape_of(call)
+    scores = s.Q * sum(s.lengths) + s.own * s.B * s.Q * (s.Q + 1) // 2
+    return 4 * s.H * s.K * scores
+
+
 def _forward_bytes(call: Call) -> tuple[int, int]:
     s, dtype = shape_of(call), call.q_BQHK.dtype
     return _bytes("forward", s, dtype, tiles("forward", s.K, dtype))

@@ -28,7 +28,7 @@ from iomm_kernels.modulate import check_inputs, row_statistics, tile, vectors
 from iomm_kernels.record import Case, Compile, Op, draw
 
 TILES = 4  # tiles of a program, which share the sample's vectors
-NUMBERS = 8  # of a tile a thread
+NUMBERS = 16  # of a tile a thread: 128 bits of FP8
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.float32: 448.0}
 
 
@@ -81,7 +81,7 @@ def _forward_kernel(
     scale = 1.0 + tl.load(scale_ptr + b * scale_stride + cols, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_stride + cols, mask=inside, other=0.0).to(tl.float32)
     quant_scale = tl.load(quant_scale_ptr)
-    amax = tl.zeros((W,), tl.float32)
+    amax = 0.0
     for i in range(TILES):
         l_R1 = ((tl.program_id(0) * TILES + i) * R + tl.arange(0, R))[:, None]
         there_RW = (l_R1 < tokens) & inside[None, :]
@@ -89,10 +89,10 @@ def _forward_kernel(
         x_RW = tl.load(x_ptr + offset_RW, mask=there_RW, other=0.0).to(tl.float32)
         n_RW, _ = row_statistics(x_RW, inside, D, eps, RMS)
         y_RW = tl.where(there_RW, n_RW * scale[None, :] + shift[None, :], 0.0)
-        amax = tl.maximum(amax, tl.max(tl.abs(y_RW), axis=0))
+        amax = tl.maximum(amax, tl.max(tl.abs(y_RW)))
         q_RW = tl.minimum(tl.maximum(y_RW * quant_scale, -LARGEST), LARGEST)
         tl.store(q_ptr + offset_RW, q_RW.to(q_ptr.dtype.element_ty), mask=there_RW)
-    tl.store(partial_ptr + tl.program_id(0) * samples + b, tl.max(amax, axis=0))
+    tl.store(partial_ptr + tl.program_id(0) * samples + b, amax)
 
 
 def _forward_triton(
@@ -226,7 +226,7 @@ def _compile(preset: str, norm: str) -> Compile:
         },
         aligned=(*tensors, "quant_scale_ptr", "q_ptr", "partial_ptr", "shift_stride", "scale_stride"),
         num_warps=warps,
-        min_occupancy=0.25,
+        min_occupancy=0.375,
         streaming=True,
         scalars=2,  # quant_scale, and a program's partial amax
         bytes_min=3 * L * B * D + 2 * 2 * B * D + 8,

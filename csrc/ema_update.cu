@@ -3,7 +3,8 @@
 //     e fp32, w fp32, bf16 or fp16 of the same shape, contiguous; in place
 //
 // PyTorch's _foreach_lerp_ wants one type; with bf16 weights it needs an fp32 copy of them first. Bytes: e read and written, w read
-// once. Four numbers an access where the addresses allow, which PyTorch's allocations do. The formula is torch.lerp's.
+// once. Tensors of a multiple of 8 numbers at addresses that are multiples of 16 bytes, which PyTorch's are, go 128 bits an access;
+// the others number by number. The formula is torch.lerp's.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,56 +31,63 @@ __device__ float lerp(float e, float w, float step) {
     return step < 0.5f ? e + step * (w - e) : w - (w - e) * (1.0f - step);
 }
 
-__device__ float4 load_four(const float* w) { return *reinterpret_cast<const float4*>(w); }
-
-__device__ float4 load_four(const __nv_bfloat16* w) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(w);
-    const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw.x));
-    const float2 high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw.y));
-    return make_float4(low.x, low.y, high.x, high.y);
-}
-
-__device__ float4 load_four(const __half* w) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(w);
-    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    return make_float4(low.x, low.y, high.x, high.y);
+// Eight weights in fp32.
+__device__ void load_eight(const float* w, float (&out)[8]) {
+    *reinterpret_cast<float4*>(out) = *reinterpret_cast<const float4*>(w);
+    *reinterpret_cast<float4*>(out + 4) = *reinterpret_cast<const float4*>(w + 4);
 }
 
 template <typename W>
+__device__ void load_eight(const W* w, float (&out)[8]) {
+    W raw[8];
+    *reinterpret_cast<uint4*>(raw) = *reinterpret_cast<const uint4*>(w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(raw[i]);
+}
+
+template <typename W, bool WIDE>
 __global__ __launch_bounds__(THREADS) void ema_kernel(const __grid_constant__ Batch batch, float step) {
     const int tensor = batch.block_tensor[blockIdx.x];
     const int64_t first = batch.block_part[blockIdx.x] * NUMBERS;
     const int count = static_cast<int>(min(NUMBERS, batch.numbers[tensor] - first));
     float* e = batch.average[tensor] + first;
     const W* w = static_cast<const W*>(batch.weight[tensor]) + first;
-    const bool aligned = reinterpret_cast<uint64_t>(e) % 16 == 0 && reinterpret_cast<uint64_t>(w) % (4 * sizeof(W)) == 0;
-    const int fours = aligned ? count / 4 : 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < fours; i += THREADS) {
-        float4 mean = reinterpret_cast<const float4*>(e)[i];
-        const float4 now = load_four(w + 4 * i);
-        mean.x = lerp(mean.x, now.x, step);
-        mean.y = lerp(mean.y, now.y, step);
-        mean.z = lerp(mean.z, now.z, step);
-        mean.w = lerp(mean.w, now.w, step);
-        reinterpret_cast<float4*>(e)[i] = mean;
+    if constexpr (WIDE) {
+#pragma unroll 2
+        for (int i = 8 * threadIdx.x; i < count; i += 8 * THREADS) {
+            float now[8];
+            load_eight(w + i, now);
+            float4 low = *reinterpret_cast<const float4*>(e + i), high = *reinterpret_cast<const float4*>(e + i + 4);
+            low = make_float4(lerp(low.x, now[0], step), lerp(low.y, now[1], step), lerp(low.z, now[2], step),
+                              lerp(low.w, now[3], step));
+            high = make_float4(lerp(high.x, now[4], step), lerp(high.y, now[5], step), lerp(high.z, now[6], step),
+                               lerp(high.w, now[7], step));
+            *reinterpret_cast<float4*>(e + i) = low;
+            *reinterpret_cast<float4*>(e + i + 4) = high;
+        }
+    } else {
+        for (int i = threadIdx.x; i < count; i += THREADS) e[i] = lerp(e[i], static_cast<float>(w[i]), step);
     }
-    for (int i = 4 * fours + threadIdx.x; i < count; i += THREADS) e[i] = lerp(e[i], static_cast<float>(w[i]), step);
 }
 
-template <typename W>
-void update(const std::vector<Tensor>& averages, const std::vector<Tensor>& weights, float step, cudaStream_t stream) {
+bool is_wide(const Tensor& average, const Tensor& weight) {
+    return average.numel() % 8 == 0 && access_bytes(address(average), address(weight)) == 16;
+}
+
+// All pairs that are `WIDE`, or all that are not.
+template <typename W, bool WIDE>
+void update_some(const std::vector<Tensor>& averages, const std::vector<Tensor>& weights, float step, cudaStream_t stream) {
     Batch batch;
     int tensors = 0, blocks = 0;
     const auto launch = [&] {
         if (blocks > 0) {
-            ema_kernel<W><<<blocks, THREADS, 0, stream>>>(batch, step);
+            ema_kernel<W, WIDE><<<blocks, THREADS, 0, stream>>>(batch, step);
             STD_CUDA_KERNEL_LAUNCH_CHECK();
         }
         tensors = blocks = 0;
     };
     for (size_t i = 0; i < averages.size(); ++i) {
+        if (is_wide(averages[i], weights[i]) != WIDE) continue;
         const int64_t numbers = averages[i].numel();
         const auto enter = [&] {
             batch.average[tensors] = static_cast<float*>(averages[i].mutable_data_ptr());
@@ -99,6 +107,12 @@ void update(const std::vector<Tensor>& averages, const std::vector<Tensor>& weig
         ++tensors;
     }
     launch();
+}
+
+template <typename W>
+void update(const std::vector<Tensor>& averages, const std::vector<Tensor>& weights, float step, cudaStream_t stream) {
+    update_some<W, true>(averages, weights, step, stream);
+    update_some<W, false>(averages, weights, step, stream);
 }
 
 void ema_update_(std::vector<Tensor> averages, std::vector<Tensor> weights, double decay) {

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tools")]
+
+from csrc_gate import csrc_gate  # noqa: E402
 
 from iomm_kernels.record import Compile  # noqa: E402
 
@@ -85,27 +87,41 @@ def compile_kernel(compiled: Compile) -> Any:
 def disassemble(cubin: bytes) -> tuple[dict[str, int], collections.Counter[str]]:
     """Resources of a cubin by cuobjdump's names (REG, STACK, SHARED, LOCAL), and how often each instruction
     appears. Both tools come inside Triton's wheel."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
+        usage = _output(tool("cuobjdump"), "-res-usage", file.name)
+        code = _output(tool("nvdisasm"), "-c", file.name)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", code)
     return resources, collections.Counter(found)
 
 
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True).stdout
+def tool(name: str) -> Path:
+    """One of NVIDIA's tools inside Triton's wheel."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _output(program: Path, *arguments: str) -> str:
+    return subprocess.run([str(program), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def judge(compiled: Compile) -> Row:
     """Compile one configuration and say what is wrong with it."""
     kernel = compile_kernel(compiled)
-    resources, instructions = disassemble(kernel.asm["cubin"])
+    return judge_code(compiled, *disassemble(kernel.asm["cubin"]), kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def judge_code(
+    compiled: Compile,
+    resources: dict[str, int],
+    instructions: collections.Counter[str],
+    shared_bytes: int,
+    ptx: str,
+) -> Row:
+    """What the code of a kernel shows, and what is wrong with it."""
 
     def count(pattern: str) -> int:
         return sum(n for name, n in instructions.items() if re.match(pattern, name))
@@ -117,14 +133,14 @@ def judge(compiled: Compile) -> Row:
         name=compiled.name,
         registers=resources["REG"],
         spill_bytes=max(resources["STACK"], resources["LOCAL"]) + 4 * count(r"LDL|STL"),
-        shared_bytes=kernel.metadata.shared,
-        occupancy=occupancy(resources["REG"], kernel.metadata.shared, compiled.num_warps),
+        shared_bytes=shared_bytes,
+        occupancy=occupancy(resources["REG"], shared_bytes, compiled.num_warps),
         wide_share=wide / max(1, wide + narrow),
         tensor_core=count(r"HGMMA|HMMA"),
         bytes_min=compiled.bytes_min,
         bytes_actual=compiled.bytes_actual,
     )
-    row.problems.extend(_problems(row, compiled, kernel.asm["ptx"]))
+    row.problems.extend(_problems(row, compiled, ptx))
     return row
 
 
@@ -199,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing. Unset it.")
     rows = judge_all(options.only, options.processes)
+    csrc_rows, unchecked = csrc_gate(options.out / "csrc", judge_code, tool("cuobjdump"))
+    rows += [row for row in csrc_rows if options.only in row.name]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gate.md").write_text(table(rows))
     (options.out / "gate.json").write_text(
@@ -206,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     sys.stdout.write(table(rows))
     problems = [f"{r.name}: {problem}" for r in rows for problem in r.problems]
+    if unchecked is not None:
+        sys.stdout.write(f"{unchecked}\n")
     sys.stdout.write("\n".join([*problems, f"{len(rows)} kernels, {len(problems)} problems"]) + "\n")
     return 1 if problems else 0
 

@@ -43,9 +43,10 @@ class Library:
         return sorted(SOURCES.glob(f"*{self.suffix}"))
 
     def digest(self) -> str:
-        """Of everything the library is made from, this file included."""
-        files = (*self.sources(), *sorted(SOURCES.glob("*.h")), Path(__file__))
-        return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+        """Of everything the library is made from."""
+        files = (*self.sources(), *sorted(SOURCES.glob("*.h")))
+        contents = [repr((self.flags, self.links, TORCH_TARGET)).encode(), *(f.read_bytes() for f in files)]
+        return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
     def program(self) -> str | None:
         """Path of the compiler; None where there is none."""
@@ -58,12 +59,15 @@ class Library:
         if self.program() is None:
             asked = os.environ.get(self.variable)
             return f"needs a compiler {asked or self.compiler!r} on PATH, or another named in {self.variable}"
-        folder = torch_folder()
-        if folder is None:
+        if torch_folder() is None:
             return "needs torch's headers, and torch is not installed for this Python"
-        if self.suffix == ".cu" and not (folder / "lib" / "libtorch_cuda.so").exists():
-            return "needs a CUDA build of torch; the installed one is for CPUs only"
         return None
+
+    def missing(self) -> list[str]:
+        """Libraries of torch that it links and the installed torch has not: a CPU build has no torch_cuda. It
+        can be built nevertheless, and not loaded."""
+        folder = _torch() / "lib"
+        return [name for name in self.links if not (folder / f"lib{name}.so").exists()]
 
 
 CPU = Library(
@@ -72,7 +76,7 @@ CPU = Library(
     compiler="c++",
     variable="CXX",
     flags=("-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *HIDE),
-    links=("-ltorch_cpu",),
+    links=("torch_cpu",),
 )
 CUDA = Library(
     name="_csrc_cuda",
@@ -80,7 +84,7 @@ CUDA = Library(
     compiler="nvcc",
     variable="NVCC",
     flags=("-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", ",".join(HIDE)),
-    links=("-ltorch_cpu", "-ltorch_cuda"),
+    links=("torch_cpu", "torch_cuda"),
 )
 
 
@@ -104,13 +108,18 @@ def compile_command(library: Library, source: Path, target: Path) -> list[str]:
     return [program, *library.flags, TORCH_TARGET, *includes, "-c", str(source), "-o", str(target)]
 
 
-def link_command(library: Library, objects: list[Path], target: Path, *folders: Path) -> list[str]:
+def link_commands(library: Library, objects: list[Path], target: Path) -> list[list[str]]:
     """Object files to the library. It names torch's libraries without their folder: torch is in the process
-    when it is loaded. `folders` are searched for them besides torch's own."""
+    when it is loaded. One that the installed torch has not is stood for by an empty one."""
     program = library.program()
     assert program is not None, library.problem()
-    search = [f"-L{folder}" for folder in (_torch() / "lib", *folders)]
-    return [program, "-shared", *map(str, objects), *search, *library.links, "-o", str(target)]
+    folder = target.parent
+    stubs = [
+        [program, "-shared", "-Xlinker", f"-soname=lib{name}.so", "-o", str(folder / f"lib{name}.so")]
+        for name in library.missing()
+    ]
+    search = [f"-L{_torch() / 'lib'}", f"-L{folder}", *(f"-l{name}" for name in library.links)]
+    return [*stubs, [program, "-shared", *map(str, objects), *search, "-o", str(target)]]
 
 
 def build(library: Library, folder: Path, jobs: int = 2) -> Path:
@@ -131,7 +140,8 @@ def build(library: Library, folder: Path, jobs: int = 2) -> Path:
         commands = [compile_command(library, s, o) for s, o in zip(library.sources(), objects, strict=True)]
         list(pool.map(run, commands))
         made = Path(scratch) / library.file
-        run(link_command(library, objects, made))
+        for command in link_commands(library, objects, made):
+            run(command)
         record.unlink(missing_ok=True)
         shutil.copy(made, folder / f".{library.file}.tmp")
         os.replace(folder / f".{library.file}.tmp", target)  # a process that has the old one open keeps it
@@ -154,7 +164,10 @@ def run(command: list[str]) -> str:
 def main() -> int:
     """Build what can be built here; a missing compiler is said and is no failure, a failing one is."""
     for library in (CPU, CUDA):
-        if problem := library.problem():
+        problem = library.problem()
+        if problem is None and library.missing():
+            problem = "could not be loaded: the installed torch is a CPU build"
+        if problem is not None:
             sys.stdout.write(f"{library.file}: not built, it {problem}\n")
         else:
             sys.stdout.write(f"{build(library, HERE)}\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iomm.plan import command as plan_command
+from iomm_kernels import bench_cli
 
 if TYPE_CHECKING:
     from iomm.config import Config
@@ -117,10 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     prefix = add_bench("prefix", _bench_prefix, "frozen-prefix split against the naive full pass")
-    prefix.add_argument("--width", type=int, default=512, help="channels of the random MLLM (default 512)")
-    prefix.add_argument("--layers", type=int, default=8)
-    prefix.add_argument("--batch", type=int, default=4)
-    prefix.add_argument("--repeats", type=int, default=5)
+    mask = add_bench("mask", _bench_mask, "what the mask modes zero, hide and drop cost in the frozen MLLM")
+    mask.add_argument("--mask-ratio", type=float, default=0.85)
+    for sub in (prefix, mask):
+        sub.add_argument("--width", type=int, default=512, help="channels of the random MLLM (default 512)")
+        sub.add_argument("--layers", type=int, default=8)
+        sub.add_argument("--batch", type=int, default=4)
+        sub.add_argument("--repeats", type=int, default=5)
 
     encoders = add_bench(
         "encoders", _bench_encoders, "encoder time of a step, first_stage against shared (under torchrun)"
@@ -132,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     fp8 = add_bench("fp8", _bench_fp8, "loss and step time of a training run with each FP8 recipe")
     fp8.add_argument("config", type=Path)
     fp8.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
+
+    bench_cli.add_arguments(add_bench("kernels", bench_cli.run, bench_cli.DESCRIPTION))
 
     plan_command.add_arguments(
         add("plan", _plan, "memory, time and cost of a run on a cluster, and its fastest layout")
@@ -287,6 +293,14 @@ def _bench_prefix(arguments: argparse.Namespace) -> int:
     from iomm.bench.prefix import bench_prefix
 
     sys.stdout.write(bench_prefix(arguments.width, arguments.layers, arguments.batch, arguments.repeats))
+    return 0
+
+
+def _bench_mask(arguments: argparse.Namespace) -> int:
+    from iomm.bench.mask import bench_mask
+
+    sizes = (arguments.width, arguments.layers, arguments.batch, arguments.repeats)
+    sys.stdout.write(bench_mask(arguments.mask_ratio, *sizes))
     return 0
 
 

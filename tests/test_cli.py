@@ -209,6 +209,15 @@ def test_doctor_names_the_backends():
     assert "local" in done.stdout and "triton" in done.stdout
 
 
+def test_bench_mask_reports_all_modes_and_how_many_positions_drop_runs():
+    sizes = ("--width", 64, "--layers", 1, "--batch", 1, "--repeats", 1)
+    done = iomm("bench", "mask", "--mask-ratio", 0.85, *sizes)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["time_ms"].keys() == record["peak_mib"].keys() == {"zero", "hide", "drop"}
+    assert record["prefix"]["hide"] == 268 and 12 < record["prefix"]["drop"] < 90
+
+
 def test_bench_prefix_reports_both_passes_in_one_run():
     done = iomm("bench", "prefix", "--width", 64, "--layers", 1, "--batch", 1, "--repeats", 1)
     assert done.returncode == 0, done.stderr

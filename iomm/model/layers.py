@@ -69,8 +69,8 @@ class QueryKeyNorm(nn.Module):
 
     def __init__(self, layers: Layers, head_size: int, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.query = layers.head_norm(head_size, eps=eps)
-        self.key = layers.head_norm(head_size, eps=eps)
+        self.query = layers.head_norm(head_size)
+        self.key = layers.head_norm(head_size)
         self.eps, self.kernels = eps, layers.kernels
 
     def forward(self, q_LBHK: Tensor, k_LBHK: Tensor, rope_: Rope) -> tuple[Tensor, Tensor]:

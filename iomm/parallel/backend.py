@@ -163,9 +163,9 @@ class Layers:
         """
         return None if self._te is None else self._te.Attention(self.heads_per_rank(heads), head_size)
 
-    def head_norm(self, head_size: int, *, eps: float = 1e-6) -> HeadNorm:
+    def head_norm(self, head_size: int) -> HeadNorm:
         """The weight of an RMSNorm over one head's channels, for queries and keys."""
-        return HeadNorm(head_size, eps=eps, config=self.config, mesh=self.mesh)
+        return HeadNorm(head_size, config=self.config, mesh=self.mesh)
 
     def checkpoint(self, block: nn.Module, *args: Any) -> Any:
         """`block(*args)`, computed again in the backward pass from its arguments, which alone are kept.

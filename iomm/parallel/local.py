@@ -123,9 +123,8 @@ class HeadNorm(nn.Module):
     or, with sequence parallelism, once a step together with all other parts of gradients.
     """
 
-    def __init__(self, head_size: int, *, eps: float, config: TransformerConfig, mesh: Mesh) -> None:
+    def __init__(self, head_size: int, *, config: TransformerConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.eps = eps
         self.tp_group = mesh.groups.tp if mesh.tp_size > 1 and not config.sequence_parallel else None
         self.weight = nn.Parameter(torch.empty(head_size, dtype=config.params_dtype))
 

@@ -117,7 +117,7 @@ class Optimizer:
         for part in self._parts:
             grads = part.get_grads_for_grad_norm() if self._counts(part) else []
             if grads:
-                total += torch.stack(torch._foreach_norm(grads)).double().square().sum()
+                total += torch.stack(torch.ops.aten._foreach_norm.Scalar(grads)).double().square().sum()
         if self._mesh.world_size > 1:
             torch.distributed.all_reduce(total)
         return total.sqrt().item()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from iomm.config import ParallelConfig
 from iomm.parallel import mesh as mesh_module
@@ -19,7 +20,8 @@ class Block(nn.Module):
         self.replicated = layers.replicated(HIDDEN, HIDDEN)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        q_BHK = self.norm(self.column(self.replicated(x_BD)).unflatten(-1, (-1, HEAD)))
+        q_BHK = self.column(self.replicated(x_BD)).unflatten(-1, (-1, HEAD))
+        q_BHK = functional.rms_norm(q_BHK, (HEAD,), self.norm(), 1e-6)
         return self.row(torch.tanh(q_BHK).flatten(-2))
 
 

@@ -78,17 +78,16 @@ def test_gradients_of_pytorchs_attention_are_the_references(shape: Shape) -> Non
 
 def test_hidden_keys_and_dropped_keys_agree() -> None:
     hidden = make(Shape(lengths=(6, 9), Q=3, H=2, G=1, K=8, own=True, hidden=True), torch.float64, CPU)
-    shown_T = hidden.shown_T
-    assert shown_T is not None
+    shown_T, own_k, own_v = hidden.shown_T, hidden.own_k_BQGK, hidden.own_v_BQGK
+    assert shown_T is not None and own_k is not None and own_v is not None
     cu_S = torch.tensor([0, int(shown_T[:6].sum()), int(shown_T.sum())], dtype=torch.int32)
-    own = hidden.own_k_BQGK, hidden.own_v_BQGK
+    own = hidden.q_BQHK, own_k, own_v
+    packed = hidden.k_TGK[shown_T], hidden.v_TGK[shown_T]
     for provider in ("auto", "eager", "sdpa"):
         hide = prefix_attention(
-            hidden.q_BQHK, *own, hidden.k_TGK, hidden.v_TGK, hidden.cu_S, 9, shown_T, provider=provider
+            *own, hidden.k_TGK, hidden.v_TGK, hidden.cu_S, shown_T=shown_T, provider=provider
         )
-        drop = prefix_attention(
-            hidden.q_BQHK, *own, hidden.k_TGK[shown_T], hidden.v_TGK[shown_T], cu_S, provider=provider
-        )
+        drop = prefix_attention(*own, *packed, cu_S, provider=provider)
         torch.testing.assert_close(hide, drop, rtol=1e-12, atol=1e-12)
 
 
@@ -143,7 +142,8 @@ def test_flash_attn_is_given_prefix_and_own_keys_side_by_side(
 def test_padding_reads_nothing_back_from_the_device(provider: Callable[[Call], Tensor]) -> None:
     """Tensors without values: whatever asked for one would fail."""
     call = make(GROUPED, torch.float32, CPU)
-    there = Call(*(x.to("meta") if isinstance(x, Tensor) else x for x in call))
+    moved = {n: x.to("meta") for n, x in call._asdict().items() if isinstance(x, Tensor)}
+    there = call._replace(**moved)
     assert provider(there).shape == call.q_BQHK.shape
 
 
@@ -166,14 +166,14 @@ def test_auto_takes_the_first_that_can_serve_and_says_why_once(caplog: pytest.Lo
 
 
 def test_a_provider_that_cannot_serve_is_an_error_that_says_why() -> None:
-    args = tuple(x for x in make(CROSS, torch.float32, CPU)[:3]) + (torch.tensor([0, 5, 5, 14]).int(), 9)
+    call = make(CROSS, torch.float32, CPU)
     for provider, why in {
         "flash": "it is not installed",
         "triton": "it compiles for CUDA tensors only",
         "csrc": "is none of auto, triton, flash, sdpa, eager",
     }.items():
         with pytest.raises(ValueError, match=f"masked_cross_attention: provider '{provider}'.*{why}"):
-            masked_cross_attention(*args, provider=provider)
+            masked_cross_attention(call.q_BQHK, call.k_TGK, call.v_TGK, call.cu_S, provider=provider)
 
 
 def test_heads_too_large_for_the_kernels_and_fp64_are_said() -> None:

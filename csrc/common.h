@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -109,6 +110,24 @@ inline Tensor plus_one(const Tensor& vectors) {
     return torch::stable::subtract(vectors, torch::stable::full({}, -1.0, ScalarType::Float));
 }
 
+// Conversions that the compiler vectorises for bf16, rounding to nearest even as PyTorch does; fp16 takes torch's, one by one.
+template <typename T>
+IOMM_INLINE float to_float(T value) {
+    if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) return std::bit_cast<float>(uint32_t{value.x} << 16);
+    else return static_cast<float>(value);
+}
+
+template <typename T>
+IOMM_INLINE T from_float(float value) {
+    if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+        const uint32_t bits = std::bit_cast<uint32_t>(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        return T(static_cast<uint16_t>(nan ? 0x7fc0u : rounded), T::from_bits());
+    } else {
+        return static_cast<T>(value);
+    }
+}
+
 // The row in fp32: itself, or converted into `scratch`.
 template <typename T>
 IOMM_INLINE const float* widen(const T* row, float* scratch, int64_t n) {
@@ -116,7 +135,7 @@ IOMM_INLINE const float* widen(const T* row, float* scratch, int64_t n) {
         return row;
     } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<float>(row[i]);
+        for (int64_t i = 0; i < n; ++i) scratch[i] = to_float(row[i]);
         return scratch;
     }
 }
@@ -132,7 +151,7 @@ template <typename T>
 IOMM_INLINE void narrow(T* row, const float* scratch, int64_t n) {
     if constexpr (!std::is_same_v<T, float>) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) row[i] = static_cast<T>(scratch[i]);
+        for (int64_t i = 0; i < n; ++i) row[i] = from_float<T>(scratch[i]);
     }
 }
 

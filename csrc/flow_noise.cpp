@@ -81,9 +81,9 @@ IOMM_CLONES void piece(const T* x, T* x_t, T* velocity, int64_t first, int64_t l
         const int64_t count = std::min(4 * TILE, last - element);
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) {
-            const float clean = static_cast<float>(x[element + i]), noise = z[i];
-            x_t[element + i] = static_cast<T>((1 - t) * clean + t * noise);
-            velocity[element + i] = static_cast<T>(noise - clean);
+            const float clean = to_float(x[element + i]), noise = z[i];
+            x_t[element + i] = from_float<T>((1 - t) * clean + t * noise);
+            velocity[element + i] = from_float<T>(noise - clean);
         }
     }
 }

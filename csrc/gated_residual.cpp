@@ -21,7 +21,7 @@ IOMM_CLONES void forward_rows(const Rows<T>& x, const Rows<T>& y, T* out, const 
             T* out_row = out + (l * samples + b) * n;
 #pragma omp simd
             for (int64_t i = 0; i < n; ++i)
-                out_row[i] = static_cast<T>(static_cast<float>(x_row[i]) + gate_row[i] * static_cast<float>(y_row[i]));
+                out_row[i] = from_float<T>(to_float(x_row[i]) + gate_row[i] * to_float(y_row[i]));
         }
     }
 }
@@ -38,9 +38,9 @@ IOMM_CLONES void backward_rows(const Rows<T>& dout, const Rows<T>& y, T* dy, flo
             T* dy_row = dy + (l * samples + b) * n;
 #pragma omp simd
             for (int64_t i = 0; i < n; ++i) {
-                const float d = static_cast<float>(dout_row[i]);
-                sum[i] += d * static_cast<float>(y_row[i]);
-                dy_row[i] = static_cast<T>(d * gate_row[i]);
+                const float d = to_float(dout_row[i]);
+                sum[i] += d * to_float(y_row[i]);
+                dy_row[i] = from_float<T>(d * gate_row[i]);
             }
         }
     }

@@ -38,7 +38,7 @@ IOMM_CLONES void forward_rows(const Rows<T>& x, const Rows<T>& y, T* out, T* h, 
             T *out_row = out + row * n, *h_row = h + row * n;
             float* sum = staged(out_row, wide.data());
 #pragma omp simd
-            for (int64_t i = 0; i < n; ++i) sum[i] = static_cast<float>(x_row[i]) + gate[i] * static_cast<float>(y_row[i]);
+            for (int64_t i = 0; i < n; ++i) sum[i] = to_float(x_row[i]) + gate[i] * to_float(y_row[i]);
             narrow(out_row, sum, n);
             const float* stored = widen(out_row, wide.data(), n);
             row_forward(staged(h_row, wide_h.data()), stored, v.factor + b * n, v.shift + b * n, n,
@@ -73,8 +73,8 @@ IOMM_CLONES void backward_rows(const Gradients<T>& in, T* dx, T* dy, Sums sums, 
             T* dy_row = dy + row;
 #pragma omp simd
             for (int64_t i = 0; i < n; ++i) {
-                dgate[i] += dx_row[i] * static_cast<float>(y_row[i]);
-                dy_row[i] = static_cast<T>(dx_row[i] * gate[i]);
+                dgate[i] += dx_row[i] * to_float(y_row[i]);
+                dy_row[i] = from_float<T>(dx_row[i] * gate[i]);
             }
         }
     }

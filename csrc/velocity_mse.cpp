@@ -3,7 +3,7 @@
 //     loss_b = mean over (v - target)^2      v, target (B, ...), n numbers a sample
 //     gradient = (2 / n) (v - target): the factor is the caller's, as it is too small for fp16
 //
-// Sums: blocks of BLOCK numbers in fp32, their totals in fp64.
+// Sums: blocks of BLOCK numbers, in fp64.
 
 #include "common.h"
 
@@ -15,12 +15,12 @@ constexpr int64_t BLOCK = 4096;
 
 template <typename T>
 IOMM_CLONES double block(const T* velocity, const T* target, T* differences, int64_t n) {
-    float sum = 0;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) {
-        const float difference = static_cast<float>(velocity[i]) - static_cast<float>(target[i]);
+        const float difference = to_float(velocity[i]) - to_float(target[i]);
         sum += difference * difference;
-        differences[i] = static_cast<T>(difference);
+        differences[i] = from_float<T>(difference);
     }
     return sum;
 }

@@ -22,7 +22,7 @@ from iomm_kernels import gated_residual as plain
 from iomm_kernels import modulate as next_modulate
 from iomm_kernels import shapes
 from iomm_kernels.launch import jit, resolve, tensor_bytes, tl, triton, vjp
-from iomm_kernels.modulate import check_inputs, input_gradient, row_statistics, tile, vectors
+from iomm_kernels.norm_rows import check_inputs, input_gradient, row_statistics, tile, vectors
 from iomm_kernels.record import Case, Compile, Op, draw
 
 TILES = 8  # tiles of a forward program, which share the sample's vectors
@@ -34,14 +34,9 @@ NUMBERS = 8  # of a tensor's tile a thread
 
 
 def reference(
-    x_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    norm: str = "layer",
+    x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, norm: str = "layer",
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch, any floating dtype, differentiable."""
     out_LBD = plain.reference(x_LBD, gate_BD, y_LBD)
     return out_LBD, next_modulate.reference(out_LBD, shift_BD, scale_BD, norm, eps)
@@ -52,23 +47,10 @@ def reference(
 
 @jit
 def _forward_kernel(
-    x_ptr,
-    gate_ptr,
-    y_ptr,
-    shift_ptr,
-    scale_ptr,
-    out_ptr,
-    h_ptr,
-    tokens,
-    samples,
-    vector_stride,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    RMS: tl.constexpr,
-):
+    x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, out_ptr, h_ptr,
+    tokens, samples, vector_stride, eps,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, W)
     inside = cols < D
@@ -98,14 +80,9 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _forward_triton(
-    x_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    norm: str,
+    x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, norm: str,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x_LBD, y_LBD = x_LBD.contiguous(), y_LBD.contiguous()
     gate_BD, shift_BD, scale_BD = _alike(gate_BD, shift_BD, scale_BD)
     (L, B, D), out_LBD, h_LBD = x_LBD.shape, torch.empty_like(x_LBD), torch.empty_like(x_LBD)
@@ -123,25 +100,10 @@ def _forward_triton(
 
 @jit
 def _backward_kernel(
-    dout_ptr,
-    dh_ptr,
-    out_ptr,
-    y_ptr,
-    gate_ptr,
-    scale_ptr,
-    dx_ptr,
-    dy_ptr,
-    partial_ptr,
-    tokens,
-    samples,
-    vector_stride,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    RMS: tl.constexpr,
-):
+    dout_ptr, dh_ptr, out_ptr, y_ptr, gate_ptr, scale_ptr, dx_ptr, dy_ptr, partial_ptr,
+    tokens, samples, vector_stride, eps,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, W)
     inside = cols < D
@@ -174,15 +136,9 @@ def _backward_kernel(
 
 
 def _backward_triton(
-    dout_LBD: Tensor,
-    dh_LBD: Tensor,
-    out_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    scale_BD: Tensor,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    dout_LBD: Tensor, dh_LBD: Tensor, out_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, scale_BD: Tensor,
+    norm: str, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dout_LBD, dh_LBD, y_LBD = dout_LBD.contiguous(), dh_LBD.contiguous(), y_LBD.contiguous()
     gate_BD, scale_BD = _alike(gate_BD, scale_BD)
     (L, B, D), grads = y_LBD.shape, y_LBD.new_empty(2, *y_LBD.shape)
@@ -203,18 +159,15 @@ def _backward_triton(
 
 @torch.library.custom_op("iomm_kernels::gated_residual_modulate", mutates_args=())
 def _fused(
-    x_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    norm: str,
-    eps: float,
-    provider: str,
-) -> tuple[Tensor, Tensor]:
+    x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, norm: str,
+    eps: float, provider: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs = (x_LBD, gate_BD, y_LBD, shift_BD, scale_BD, norm, eps)
-    if resolve("gated_residual_modulate", provider, x_LBD.device.type, x_LBD.dtype) == "triton":
+    chosen = resolve("gated_residual_modulate", provider, x_LBD.device.type, x_LBD.dtype)
+    if chosen == "triton":
         return _forward_triton(*inputs)
+    if chosen == "csrc":
+        return torch.ops.iomm_csrc.gated_residual_modulate(*inputs[:-2], norm == "rms", eps)
     out_LBD, h_LBD = reference(*inputs)
     return out_LBD.contiguous(), h_LBD.contiguous()
 
@@ -226,20 +179,18 @@ def _(x_LBD, gate_BD, y_LBD, shift_BD, scale_BD, norm, eps, provider):
 
 @torch.library.custom_op("iomm_kernels::gated_residual_modulate_backward", mutates_args=())
 def _fused_backward(
-    dout_LBD: Tensor,
-    dh_LBD: Tensor,
-    out_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    scale_BD: Tensor,
-    norm: str,
-    eps: float,
-    provider: str,
-) -> tuple[Tensor, Tensor]:
+    dout_LBD: Tensor, dh_LBD: Tensor, out_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, scale_BD: Tensor,
+    norm: str, eps: float, provider: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and y, stacked (2, L, B, D), and of gate, shift and scale (3, B, D)."""
     name = "gated_residual_modulate_backward"
-    if resolve(name, provider, y_LBD.device.type, y_LBD.dtype) == "triton":
+    chosen = resolve(name, provider, y_LBD.device.type, y_LBD.dtype)
+    if chosen == "triton":
         return _backward_triton(dout_LBD, dh_LBD, out_LBD, gate_BD, y_LBD, scale_BD, norm, eps)
+    if chosen == "csrc":
+        return torch.ops.iomm_csrc.gated_residual_modulate_backward(
+            dout_LBD, dh_LBD, out_LBD, gate_BD, y_LBD, scale_BD, norm == "rms", eps
+        )
 
     def function(out: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return next_modulate.reference(out, shift, scale, norm, eps)
@@ -272,16 +223,9 @@ _fused.register_autograd(_differentiate, setup_context=_setup)
 
 
 def gated_residual_modulate(
-    x_LBD: Tensor,
-    gate_BD: Tensor,
-    y_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    norm: str = "layer",
-    eps: float = 1e-6,
-    *,
-    provider: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, norm: str = "layer",
+    eps: float = 1e-6, *, provider: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, h), both (L, B, D) in the dtype of x; differentiable in all tensors.
 
     Args:

@@ -239,7 +239,7 @@ def pack_tokens(
             f"{tuple(keep_BN.shape)}, capacity {capacity}. Give (B, A, D), (B,), (B, N, D) of text's dtype, "
             f"bool (B, N), and at least 1."
         )
-    chosen = resolve("pack_tokens", provider, text_BAD.device.type)
+    chosen = resolve("pack_rows", provider, text_BAD.device.type)
     index = pack_index.pack_index(count_B, keep_BN, A, capacity, chosen)
     tokens_TD = _rows_op(text_BAD, patch_BND, index[1], index[2], chosen)
     return Packed(tokens_TD, *index, longest=A + N)
@@ -256,7 +256,7 @@ def unpack_tokens(x_TD: Tensor, packed: Packed, provider: str = "auto") -> Tenso
             f"unpack_tokens: x has shape {tuple(x_TD.shape)}; the packed sequence has {len(packed.source_T)} "
             f"rows. Give (T, D) with as many."
         )
-    chosen = resolve("unpack_tokens", provider, x_TD.device.type)
+    chosen = resolve("take_rows", provider, x_TD.device.type)
     rows = _take_op(x_TD, packed.row_BP.flatten(), packed.source_T, chosen)
     return rows.unflatten(0, packed.row_BP.shape)
 

@@ -5,7 +5,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,14 +120,13 @@ def plan(arguments: argparse.Namespace, config: "Config | None") -> "tuple[Estim
     return made, tables
 
 
-def _config(arguments: argparse.Namespace, config: "Config | None") -> "Config":
+def _config(arguments: argparse.Namespace, given: "Config | None") -> "Config":
     """The configuration with the options applied."""
     from iomm import presets
 
-    if config is None:
-        config = getattr(presets, PRESETS[arguments.preset])(f"{arguments.preset}-plan", images=("images",))
-        # A preset is planned as it will be run: the state of the optimizer is spread over the ranks.
-        config = replace(config, parallel=replace(config.parallel, distributed_optimizer=True))
+    config: Config = given or getattr(presets, PRESETS[arguments.preset])(
+        f"iomm-{arguments.preset}", images=("images",)
+    )
     config = config.override(arguments.set)
     changes = {
         "train.global_batch_images": arguments.global_batch,

@@ -42,7 +42,7 @@ UNBIND = Passes(0, 6, 0, 6)  # gradients of q, k and v put side by side
 SILU_TIMES = Passes(5, 9, 3, 5)  # silu(gate) * up
 NORM = Passes(2, 3, 2, 3)  # RMSNorm over all channels
 SCALE = Passes(2, 6, 0, 0)  # fused: in one pass with the norm before it
-GATE_ADD = Passes(5, 9, 1, 2)  # x + tanh(gate) * y behind a norm; fused with that norm
+GATE_ADD = Passes(5, 6, 1, 2)  # x + tanh(gate) * y behind a norm; fused with that norm
 
 Families = Mapping[str, Passes]
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -11,8 +11,8 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
-    notes: list[str] = field(default_factory=list)
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
 
 def to_markdown(tables: Sequence[Table]) -> str:

@@ -43,16 +43,10 @@ def reference(
 
 @jit
 def _forward_kernel(
-    x_ptr,
-    t_ptr,
-    index_ptr,
-    x_t_ptr,
-    target_ptr,
-    seed,
-    elements,
-    STREAM: tl.constexpr,
-    N: tl.constexpr,
-):
+    x_ptr, t_ptr, index_ptr, x_t_ptr, target_ptr,
+    seed, elements,
+    STREAM: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     block_N = tl.program_id(0) * N + tl.arange(0, N)
     index_N = tl.load(index_ptr + b) + tl.zeros((N,), tl.int64)
@@ -110,14 +104,9 @@ def _(
 
 
 def flow_noise(
-    x_BLC: Tensor,
-    t_B: Tensor,
-    index_B: Tensor,
-    seed: int,
-    stream: int = NOISE_STREAM,
-    *,
+    x_BLC: Tensor, t_B: Tensor, index_B: Tensor, seed: int, stream: int = NOISE_STREAM, *,
     provider: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x_t and the target z - x, both like x.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iomm_kernels import shapes
 from iomm_kernels.launch import contiguous_rows, jit, next_power_of_2, resolve, tensor_bytes, tl, triton, vjp
-from iomm_kernels.modulate import check_inputs, vectors
+from iomm_kernels.norm_rows import check_inputs, vectors
 from iomm_kernels.record import Case, Compile, Op, draw
 
 WIDTH, WARPS = 512, 2  # channels of a tile at most: 8 a thread, 128 bits of bf16
@@ -36,24 +36,16 @@ def reference(x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor) -> Tensor:
 
 @jit
 def _forward_kernel(
-    x_ptr,
-    gate_ptr,
-    y_ptr,
-    out_ptr,
-    tokens,
-    samples,
-    gate_stride,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    x_ptr, gate_ptr, y_ptr, out_ptr,
+    tokens, samples, gate_stride,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(2) * W + tl.arange(0, W)
     inside = cols < D
     gate = tl.load(gate_ptr + b * gate_stride + cols, mask=inside, other=0.0).to(tl.float32)
-    for tile in range(TILES):
-        l_R1 = ((tl.program_id(0) * TILES + tile) * R + tl.arange(0, R))[:, None]
+    for i in range(TILES):
+        l_R1 = ((tl.program_id(0) * TILES + i) * R + tl.arange(0, R))[:, None]
         there_RW = (l_R1 < tokens) & inside[None, :]
         offset_RW = (l_R1.to(tl.int64) * samples + b) * D + cols[None, :]
         x_RW = tl.load(x_ptr + offset_RW, mask=there_RW, other=0.0).to(tl.float32)
@@ -79,26 +71,17 @@ def _forward_triton(x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor) -> Tensor:
 
 @jit
 def _backward_kernel(
-    dout_ptr,
-    gate_ptr,
-    y_ptr,
-    dy_ptr,
-    partial_ptr,
-    tokens,
-    samples,
-    gate_stride,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    dout_ptr, gate_ptr, y_ptr, dy_ptr, partial_ptr,
+    tokens, samples, gate_stride,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(2) * W + tl.arange(0, W)
     inside = cols < D
     gate = tl.load(gate_ptr + b * gate_stride + cols, mask=inside, other=0.0).to(tl.float32)
     dgate_RW = tl.zeros((R, W), tl.float32)
-    for tile in range(TILES):
-        l_R1 = ((tl.program_id(0) * TILES + tile) * R + tl.arange(0, R))[:, None]
+    for i in range(TILES):
+        l_R1 = ((tl.program_id(0) * TILES + i) * R + tl.arange(0, R))[:, None]
         there_RW = (l_R1 < tokens) & inside[None, :]
         offset_RW = (l_R1.to(tl.int64) * samples + b) * D + cols[None, :]
         dout_RW = tl.load(dout_ptr + offset_RW, mask=there_RW, other=0.0).to(tl.float32)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from iomm_kernels import shapes
-from iomm_kernels.launch import contiguous_rows, jit, next_power_of_2, resolve, tensor_bytes, tl, triton, vjp
+from iomm_kernels.launch import contiguous_rows, jit, resolve, tensor_bytes, tl, triton, vjp
+from iomm_kernels.norm_rows import check_inputs, input_gradient, row_statistics, tile, vectors
 from iomm_kernels.record import Case, Compile, Op, draw
 
-NORMS = ("layer", "rms")
 SPLIT_TOKENS = 32  # tokens a backward program sums over
 TILES = 4  # tiles of a forward program, which share the sample's vectors
 FORWARD_NUMBERS, BACKWARD_NUMBERS = 16, 8  # of a tensor's tile a thread: half the warps stay resident
@@ -49,32 +49,12 @@ def reference(
 
 
 @jit
-def row_statistics(x_RW, inside_W, D: tl.constexpr, eps, RMS: tl.constexpr):
-    """n(x) (R, W) and rstd (R, 1) of fp32 rows whose channels from D on are zero."""
-    if not RMS:
-        x_RW = tl.where(inside_W[None, :], x_RW - (tl.sum(x_RW, axis=1) / D)[:, None], 0.0)
-    rstd_R1 = (1.0 / tl.sqrt(tl.sum(x_RW * x_RW, axis=1) / D + eps))[:, None]
-    return x_RW * rstd_R1, rstd_R1
-
-
-@jit
 def _forward_kernel(
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    y_ptr,
-    tokens,
-    samples,
-    shift_stride,
-    scale_stride,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    RMS: tl.constexpr,
+    x_ptr, shift_ptr, scale_ptr, y_ptr,
+    tokens, samples, shift_stride, scale_stride, eps,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, RMS: tl.constexpr,
     SHIFT: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, W)
     inside = cols < D
@@ -82,21 +62,14 @@ def _forward_kernel(
     shift = tl.zeros((W,), tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + b * shift_stride + cols, mask=inside, other=0.0).to(tl.float32)
-    for tile in range(TILES):
-        l_R1 = ((tl.program_id(0) * TILES + tile) * R + tl.arange(0, R))[:, None]
+    for i in range(TILES):
+        l_R1 = ((tl.program_id(0) * TILES + i) * R + tl.arange(0, R))[:, None]
         there_RW = (l_R1 < tokens) & inside[None, :]
         offset_RW = (l_R1.to(tl.int64) * samples + b) * D + cols[None, :]
         x_RW = tl.load(x_ptr + offset_RW, mask=there_RW, other=0.0).to(tl.float32)
         n_RW, _ = row_statistics(x_RW, inside, D, eps, RMS)
         y_RW = n_RW * scale[None, :] + shift[None, :]
         tl.store(y_ptr + offset_RW, y_RW.to(y_ptr.dtype.element_ty), mask=there_RW)
-
-
-def tile(D: int, numbers: int) -> tuple[int, int, int]:
-    """(W, R, warps) of a tile of about this many numbers a thread."""
-    W = next_power_of_2(D)
-    warps = max(1, min(16, W // 256))
-    return W, max(1, numbers * 32 * warps // W), warps
 
 
 def _forward_triton(
@@ -118,39 +91,19 @@ def _forward_triton(
 
 
 @jit
-def input_gradient(g_RW, n_RW, rstd_R1, D: tl.constexpr, RMS: tl.constexpr):
-    """Gradient of n(x)'s input (R, W) from that of n(x), which is zero from channel D on."""
-    inner_R1 = (tl.sum(g_RW * n_RW, axis=1) / D)[:, None]
-    if RMS:
-        return rstd_R1 * (g_RW - n_RW * inner_R1)
-    return rstd_R1 * (g_RW - (tl.sum(g_RW, axis=1) / D)[:, None] - n_RW * inner_R1)
-
-
-@jit
 def _backward_kernel(
-    dy_ptr,
-    x_ptr,
-    scale_ptr,
-    dx_ptr,
-    partial_ptr,
-    tokens,
-    samples,
-    scale_stride,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    RMS: tl.constexpr,
-):
+    dy_ptr, x_ptr, scale_ptr, dx_ptr, partial_ptr,
+    tokens, samples, scale_stride, eps,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, W)
     inside = cols < D
     scale = 1.0 + tl.load(scale_ptr + b * scale_stride + cols, mask=inside, other=0.0).to(tl.float32)
     dshift = tl.zeros((W,), tl.float32)
     dscale = tl.zeros((W,), tl.float32)
-    for tile in range(TILES):
-        l_R1 = ((tl.program_id(0) * TILES + tile) * R + tl.arange(0, R))[:, None]
+    for i in range(TILES):
+        l_R1 = ((tl.program_id(0) * TILES + i) * R + tl.arange(0, R))[:, None]
         there_RW = (l_R1 < tokens) & inside[None, :]
         offset_RW = (l_R1.to(tl.int64) * samples + b) * D + cols[None, :]
         dy_RW = tl.load(dy_ptr + offset_RW, mask=there_RW, other=0.0).to(tl.float32)
@@ -247,33 +200,10 @@ _modulate.register_autograd(_differentiate, setup_context=_setup)
 # --- public function ------------------------------------------------------------------------------------
 
 
-def check_inputs(name: str, x_LBD: Tensor, norm: str = "layer", **vectors: Tensor | None) -> None:
-    """Raises ValueError where shapes, dtypes or the norm do not fit together."""
-    if norm not in NORMS:
-        raise ValueError(f"{name}: norm {norm!r} is none of {', '.join(NORMS)}.")
-    if x_LBD.ndim != 3:
-        raise ValueError(f"{name}: x has shape {tuple(x_LBD.shape)}; expected (L, B, D).")
-    for what, vector in vectors.items():
-        if vector is not None and vector.shape != x_LBD.shape[1:]:
-            raise ValueError(
-                f"{name}: {what} has shape {tuple(vector.shape)}; x {tuple(x_LBD.shape)} needs (B, D) = "
-                f"{tuple(x_LBD.shape[1:])}."
-            )
-        if vector is not None and vector.dtype != x_LBD.dtype:
-            raise ValueError(
-                f"{name}: {what} is {vector.dtype} and x {x_LBD.dtype}. Cast one to the other's dtype."
-            )
-
-
 def modulate(
-    x_LBD: Tensor,
-    shift_BD: Tensor | None,
-    scale_BD: Tensor,
-    norm: str = "layer",
-    eps: float = 1e-6,
-    *,
+    x_LBD: Tensor, shift_BD: Tensor | None, scale_BD: Tensor, norm: str = "layer", eps: float = 1e-6, *,
     provider: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """n(x) (1 + scale) + shift -> (L, B, D) in the dtype of x; differentiable in x, shift and scale.
 
     Args:
@@ -290,13 +220,6 @@ def modulate(
 
 
 # --- record ---------------------------------------------------------------------------------------------
-
-
-def vectors(
-    seed: int, B: int, D: int, n: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """n modulation vectors (B, D) as the model has them: chunks of one linear's output."""
-    return draw(seed, B, n * D, dtype=dtype, device=device).chunk(n, dim=-1)
 
 
 def _case(name: str, L: int, B: int, D: int, norm: str = "layer", shift: bool = True, far: float = 0) -> Case:

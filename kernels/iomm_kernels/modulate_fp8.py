@@ -24,7 +24,7 @@ from torch import Tensor
 from iomm_kernels import modulate as plain
 from iomm_kernels import shapes
 from iomm_kernels.launch import contiguous_rows, jit, resolve, tensor_bytes, tl, triton
-from iomm_kernels.modulate import check_inputs, row_statistics, tile, vectors
+from iomm_kernels.norm_rows import check_inputs, row_statistics, tile, vectors
 from iomm_kernels.record import Case, Compile, Op, draw
 
 TILES = 4  # tiles of a program, which share the sample's vectors
@@ -36,14 +36,9 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.float32
 
 
 def reference(
-    x_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    quant_scale: Tensor,
-    norm: str = "layer",
-    eps: float = 1e-6,
-    out_dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[Tensor, Tensor]:
+    x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, quant_scale: Tensor, norm: str = "layer",
+    eps: float = 1e-6, out_dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch, computed in fp32 or better. fp64 inputs with out_dtype fp32 give fp64."""
     dtype = torch.promote_types(x_LBD.dtype, torch.float32)
     y_LBD = plain.reference(x_LBD.to(dtype), shift_BD.to(dtype), scale_BD.to(dtype), norm, eps)
@@ -57,24 +52,11 @@ def reference(
 
 @jit
 def _forward_kernel(
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    quant_scale_ptr,
-    q_ptr,
-    partial_ptr,
-    tokens,
-    samples,
-    shift_stride,
-    scale_stride,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    RMS: tl.constexpr,
+    x_ptr, shift_ptr, scale_ptr, quant_scale_ptr, q_ptr, partial_ptr,
+    tokens, samples, shift_stride, scale_stride, eps,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, RMS: tl.constexpr,
     LARGEST: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, W)
     inside = cols < D
@@ -96,14 +78,9 @@ def _forward_kernel(
 
 
 def _forward_triton(
-    x_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    quant_scale: Tensor,
-    norm: str,
-    eps: float,
+    x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, quant_scale: Tensor, norm: str, eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x_LBD, shift_BD, scale_BD = x_LBD.contiguous(), contiguous_rows(shift_BD), contiguous_rows(scale_BD)
     (L, B, D), q_LBD = x_LBD.shape, torch.empty_like(x_LBD, dtype=out_dtype)
     if not q_LBD.numel():
@@ -124,15 +101,9 @@ def _forward_triton(
 
 @torch.library.custom_op("iomm_kernels::modulate_fp8", mutates_args=())
 def _modulate_fp8(
-    x_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    quant_scale: Tensor,
-    norm: str,
-    eps: float,
-    out_dtype: torch.dtype,
-    provider: str,
-) -> tuple[Tensor, Tensor]:
+    x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, quant_scale: Tensor, norm: str, eps: float,
+    out_dtype: torch.dtype, provider: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs = (x_LBD, shift_BD, scale_BD, quant_scale, norm, eps, out_dtype)
     if resolve("modulate_fp8", provider, x_LBD.device.type, x_LBD.dtype) == "triton":
         return _forward_triton(*inputs)
@@ -149,16 +120,9 @@ def _(x_LBD, shift_BD, scale_BD, quant_scale, norm, eps, out_dtype, provider):
 
 
 def modulate_fp8(
-    x_LBD: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    quant_scale: Tensor,
-    norm: str = "layer",
-    eps: float = 1e-6,
-    out_dtype: torch.dtype = torch.float8_e4m3fn,
-    *,
-    provider: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    x_LBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, quant_scale: Tensor, norm: str = "layer",
+    eps: float = 1e-6, out_dtype: torch.dtype = torch.float8_e4m3fn, *, provider: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(q, amax): q like x in `out_dtype`, amax fp32.
 
     Args:

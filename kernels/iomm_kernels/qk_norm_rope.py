@@ -29,14 +29,9 @@ ROWS, BACKWARD_ROWS = 4, 16  # rows of a program, one after the other; a backwar
 
 
 def reference(
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
+    q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch, any floating dtype, differentiable in all but the tables."""
     cos, sin = (part[:, None, None] if part.ndim == 2 else part[:, :, None] for part in (cos_LP, sin_LP))
     turned = []
@@ -60,51 +55,35 @@ def _turn(x_HK, cos_HP, sin_HP):
 
 
 @jit
-def _load_angles(cos_ptr, sin_ptr, row, rows, K: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def _load_angles(cos_ptr, sin_ptr, row, there, K: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """cos and sin of a row, the same for all heads: read so that each thread gets its own pairs."""
     pair_HP = tl.arange(0, HEADS)[:, None] * 0 + tl.arange(0, WIDTH // 2)[None, :]
-    there = (pair_HP < K // 2) & (row < rows)
+    there = (pair_HP < K // 2) & there
     at_HP = row.to(tl.int64) * (K // 2) + pair_HP
     return tl.load(cos_ptr + at_HP, mask=there, other=0.0), tl.load(sin_ptr + at_HP, mask=there, other=0.0)
 
 
 @jit
 def _forward_kernel(
-    q_ptr,
-    k_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    rows,
-    rows_a_table_row,
-    row_stride,
-    head_stride,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    rows, rows_a_table_row, row_stride, head_stride, eps,
+    H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     HEADS: tl.constexpr = next_power_of_2(H)
     WIDTH: tl.constexpr = next_power_of_2(K)
     x_ptr, weight_ptr, out_ptr = q_ptr, q_weight_ptr, q_out_ptr
     if tl.program_id(1) == 1:
         x_ptr, weight_ptr, out_ptr = k_ptr, k_weight_ptr, k_out_ptr
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
-    weight = tl.load(weight_ptr + head * 0 + channel, mask=(channel < K) & (head < H), other=0.0).to(
-        tl.float32
-    )
+    inside = (head < H) & (channel < K)
+    weight = tl.load(weight_ptr + head * 0 + channel, mask=inside, other=0.0).to(tl.float32)
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
-        there = (head < H) & (channel < K) & (row < rows)
+        there = inside & (row < rows)
         x_at = row.to(tl.int64) * row_stride + head * head_stride + channel
         x_HK = tl.load(x_ptr + x_at, mask=there, other=0.0).to(tl.float32)
         rstd_H1 = (1.0 / tl.sqrt(tl.sum(x_HK * x_HK, axis=1) / K + eps))[:, None]
-        cos, sin = _load_angles(
-            cos_ptr, sin_ptr, row // rows_a_table_row, rows // rows_a_table_row, K, HEADS, WIDTH
-        )
+        cos, sin = _load_angles(cos_ptr, sin_ptr, row // rows_a_table_row, row < rows, K, HEADS, WIDTH)
         y_HK = _turn(x_HK * rstd_H1 * weight, cos, sin)
         out_at = (row.to(tl.int64) * H + head) * K + channel
         tl.store(out_ptr + out_at, y_HK.to(out_ptr.dtype.element_ty), mask=there)
@@ -131,14 +110,9 @@ def _tables(cos_LP: Tensor, sin_LP: Tensor, samples: int) -> tuple[Tensor, Tenso
 
 
 def _forward_triton(
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
+    q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     L, B, H, K = q_LBHK.shape
     q_out, k_out = (x.new_empty(x.shape) for x in (q_LBHK, k_LBHK))
     if q_out.numel():
@@ -156,25 +130,11 @@ def _forward_triton(
 
 @jit
 def _backward_kernel(
-    dq_out_ptr,
-    dk_out_ptr,
-    q_ptr,
-    k_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    dx_ptr,
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dx_ptr,
     partial_ptr,
-    rows,
-    rows_a_table_row,
-    row_stride,
-    head_stride,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    rows, rows_a_table_row, row_stride, head_stride, eps,
+    H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     HEADS: tl.constexpr = next_power_of_2(H)
     WIDTH: tl.constexpr = next_power_of_2(K)
     dy_ptr, x_ptr, weight_ptr = dq_out_ptr, q_ptr, q_weight_ptr
@@ -182,22 +142,19 @@ def _backward_kernel(
         dy_ptr, x_ptr, weight_ptr = dk_out_ptr, k_ptr, k_weight_ptr
     dx_ptr += tl.program_id(1).to(tl.int64) * rows * (H * K)
     head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
-    weight = tl.load(weight_ptr + head * 0 + channel, mask=(channel < K) & (head < H), other=0.0).to(
-        tl.float32
-    )
+    inside = (head < H) & (channel < K)
+    weight = tl.load(weight_ptr + head * 0 + channel, mask=inside, other=0.0).to(tl.float32)
     dweight_HK = tl.zeros((HEADS, WIDTH), tl.float32)
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
-        there = (head < H) & (channel < K) & (row < rows)
+        there = inside & (row < rows)
         x_at = row.to(tl.int64) * row_stride + head * head_stride + channel
         x_HK = tl.load(x_ptr + x_at, mask=there, other=0.0).to(tl.float32)
         rstd_H1 = (1.0 / tl.sqrt(tl.sum(x_HK * x_HK, axis=1) / K + eps))[:, None]
         x_HK *= rstd_H1  # from here on, normalised
         y_at = (row.to(tl.int64) * H + head) * K + channel
         dy_HK = tl.load(dy_ptr + y_at, mask=there, other=0.0).to(tl.float32)
-        cos, sin = _load_angles(
-            cos_ptr, sin_ptr, row // rows_a_table_row, rows // rows_a_table_row, K, HEADS, WIDTH
-        )
+        cos, sin = _load_angles(cos_ptr, sin_ptr, row // rows_a_table_row, row < rows, K, HEADS, WIDTH)
         d_HK = _turn(dy_HK, cos, -sin)
         dweight_HK += d_HK * x_HK
         g_HK = d_HK * weight
@@ -208,16 +165,9 @@ def _backward_kernel(
 
 
 def _backward_triton(
-    dq_LBHK: Tensor,
-    dk_LBHK: Tensor,
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    dq_LBHK: Tensor, dk_LBHK: Tensor, q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor,
+    k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     L, B, H, K = q_LBHK.shape
     dx = q_LBHK.new_empty(2, *q_LBHK.shape)
     programs = triton.cdiv(L * B, BACKWARD_ROWS)
@@ -238,15 +188,9 @@ def _backward_triton(
 
 @torch.library.custom_op("iomm_kernels::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
-    eps: float,
-    provider: str,
-) -> tuple[Tensor, Tensor]:
+    q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor,
+    eps: float, provider: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs = (q_LBHK, k_LBHK, q_weight_K, k_weight_K, cos_LP, sin_LP, eps)
     if resolve("qk_norm_rope", provider, q_LBHK.device.type, q_LBHK.dtype) == "triton":
         return _forward_triton(*inputs)
@@ -260,17 +204,9 @@ def _(q_LBHK, k_LBHK, q_weight_K, k_weight_K, cos_LP, sin_LP, eps, provider):
 
 @torch.library.custom_op("iomm_kernels::qk_norm_rope_backward", mutates_args=())
 def _qk_norm_rope_backward(
-    dq_LBHK: Tensor,
-    dk_LBHK: Tensor,
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
-    eps: float,
-    provider: str,
-) -> tuple[Tensor, Tensor]:
+    dq_LBHK: Tensor, dk_LBHK: Tensor, q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor,
+    k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor, eps: float, provider: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of q and k, stacked (2, L, B, H, K), and of their weights (2, K)."""
     inputs, tables = (q_LBHK, k_LBHK, q_weight_K, k_weight_K), (cos_LP, sin_LP, eps)
     if resolve("qk_norm_rope_backward", provider, q_LBHK.device.type, q_LBHK.dtype) == "triton":
@@ -303,16 +239,9 @@ _qk_norm_rope.register_autograd(_differentiate, setup_context=_setup)
 
 
 def qk_norm_rope(
-    q_LBHK: Tensor,
-    k_LBHK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_LP: Tensor,
-    sin_LP: Tensor,
-    eps: float = 1e-6,
-    *,
-    provider: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    q_LBHK: Tensor, k_LBHK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor,
+    eps: float = 1e-6, *, provider: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q and k, normalised and turned, contiguous; differentiable in q, k and the weights.
 
     Args:

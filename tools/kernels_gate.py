@@ -198,8 +198,9 @@ def table(rows: list[Row]) -> str:
             f"{r.occupancy:.2f}",
             f"{r.wide_share:.0%}",
         ]
-        traffic = [f"{r.bytes_actual / 1e6:.1f}", f"{r.bytes_actual / max(1, r.bytes_min):.2f}"]
-        lines.append([r.name, *code, str(r.tensor_core), *traffic, f"{r.predicted_us:.1f}"])
+        ratio = f"{r.bytes_actual / max(1, r.bytes_min):.2f}"
+        traffic = [f"{r.bytes_actual / 1e6:.1f}", ratio, f"{r.predicted_us:.1f}"]
+        lines.append([r.name, *code, str(r.tensor_core), *(traffic if r.bytes_actual else ["", "", ""])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

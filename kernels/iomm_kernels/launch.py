@@ -17,6 +17,7 @@ are stand-ins that let the file be read, and no kernel is ever launched.
 """
 
 import importlib.util
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class _NoTriton:
     dtype = None
 
     @staticmethod
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    def jit(function: Any) -> Any:
+        function.arg_names = list(inspect.signature(function).parameters)
         return function
 
     @staticmethod

@@ -97,12 +97,14 @@ def test_the_command_writes_its_table_and_fails_with_the_reasons(
         tensor_core=0, bytes_min=6_700_000, bytes_actual=6_700_000,
     )  # fmt: skip
     rows = [row]
-    monkeypatch.setitem(gate.main.__globals__, "judge_all", lambda only, processes: rows)
+    unchecked = "csrc: not checked, no nvcc"
+    monkeypatch.setitem(gate.main.__globals__, "judge_all", lambda only, processes: list(rows))
+    monkeypatch.setitem(gate.main.__globals__, "csrc_gate", lambda *_: ([], unchecked))
     assert gate.main(["--out", str(tmp_path)]) == 0
     assert "| copy | 16 | 0 | 0 | 1.00 | 100% | 0 | 6.7 | 1.00 | 2.0 |" in (tmp_path / "gate.md").read_text()
     rows.append(replace(row, name="bad", problems=["spills"]))
     assert gate.main(["--out", str(tmp_path)]) == 1
-    assert "bad: spills\n2 kernels, 1 problems" in capsys.readouterr().out
+    assert f"{unchecked}\nbad: spills\n2 kernels, 1 problems" in capsys.readouterr().out
     assert [r["name"] for r in json.loads((tmp_path / "gate.json").read_text())] == ["copy", "bad"]
 
 

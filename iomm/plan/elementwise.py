@@ -33,6 +33,7 @@ class Passes:
 
 MODULATE = Passes(6, 10, 2, 3)  # LayerNorm, x (1 + scale) + shift
 GATED = Passes(5, 6, 3, 3)  # x + gate * y
+GATED_MODULATE = Passes(11, 19, 4, 6)  # both in a row, and their gradients of x added
 ACCUMULATE = Passes(0, 3, 0, 3)  # two gradients of one tensor are added
 ROTATE = Passes(24.5, 26.5, 2, 2)  # of queries or of keys, in fp32
 HEAD_NORM = Passes(2, 3, 0, 1)  # fused: in one pass with the rotation; backward reads the input again
@@ -41,8 +42,7 @@ CAT = Passes(2, 0, 2, 0)
 UNBIND = Passes(0, 6, 0, 6)  # gradients of q, k and v put side by side
 SILU_TIMES = Passes(5, 9, 3, 5)  # silu(gate) * up
 NORM = Passes(2, 3, 2, 3)  # RMSNorm over all channels
-SCALE = Passes(2, 6, 0, 0)  # fused: in one pass with the norm before it
-GATE_ADD = Passes(5, 6, 1, 2)  # x + tanh(gate) * y behind a norm; fused with that norm
+SCALE = Passes(2, 6, 2, 6)  # x * (1 + scale): Z-Image's norms are not fused with it
 
 Families = Mapping[str, Passes]
 
@@ -50,8 +50,9 @@ Families = Mapping[str, Passes]
 def double_block(mlp_ratio: float) -> Families:
     """Per row and channel of FLUX's double block."""
     return {
-        "norm and modulate": MODULATE * 2,
-        "gated residual": (GATED + ACCUMULATE) * 2,
+        "norm and modulate": MODULATE + ACCUMULATE,
+        "gated residual": GATED,
+        "gated residual, norm and modulate": GATED_MODULATE,
         "query and key norm, rope": (HEAD_NORM + ROTATE) * 2,
         "joint sequence": CAT * 3 + UNBIND,
         "gelu": GELU * mlp_ratio,
@@ -73,7 +74,7 @@ def single_block(mlp_ratio: float) -> Families:
 
 def z_image_block(mlp_share: float, modulated: bool) -> Families:
     """Per row and channel of Z-Image's block; `mlp_share`: inner channels of the SwiGLU over the width."""
-    residual = GATE_ADD if modulated else Passes(3, 0, 1, 0)
+    residual = GATED if modulated else Passes(3, 0, 3, 0)
     return {
         "norm and modulate": (NORM * 2 + (SCALE if modulated else Passes(0, 0, 0, 0))) * 2,
         "gated residual": (residual + ACCUMULATE) * 2,

@@ -47,11 +47,11 @@ def single_block(mlp_ratio: float, *, fused: bool, head_norm_in_fp32: bool = Fal
     return Saved(whole=3 if fused else 4, split=head_norm + 3 + 2 + 1 + 2 * mlp_ratio)
 
 
-def z_image_block(mlp_share: float, *, modulated: bool, fused: bool, norms_in_fp32: bool = False) -> Saved:
+def z_image_block(mlp_share: float, *, modulated: bool, norms_in_fp32: bool = False) -> Saved:
     """Z-Image's block; `mlp_share`: inner channels of the SwiGLU over D. Norms as in `double_block`."""
     if norms_in_fp32:
         return Saved(whole=22 if modulated else 18, split=8 + 6 + 4 * mlp_share)
-    return Saved(whole=10 if modulated and not fused else 6, split=6 + 4 * mlp_share)
+    return Saved(whole=10 if modulated else 6, split=6 + 4 * mlp_share)
 
 
 def block_activations(work: Workload, micro_batch: int) -> list[float]:
@@ -75,7 +75,7 @@ def block_activations(work: Workload, micro_batch: int) -> list[float]:
 def _kinds(config: GeneratorConfig, fused: bool) -> list[Saved]:
     if config.family == "z_image":
         share = mlp_width(config.hidden_size) / config.hidden_size
-        return [z_image_block(share, modulated=True, fused=fused)] * config.single_blocks
+        return [z_image_block(share, modulated=True)] * config.single_blocks
     doubles = [double_block(config.mlp_ratio, fused=fused)] * config.double_blocks
     return doubles + [single_block(config.mlp_ratio, fused=fused)] * config.single_blocks
 

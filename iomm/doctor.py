@@ -19,6 +19,7 @@ import psutil
 from packaging.requirements import Requirement
 
 import iomm_kernels
+from iomm_kernels import build
 
 GIB = 2**30
 INSTALL = "pip install -e ."
@@ -30,7 +31,13 @@ DISTRIBUTIONS = (
     "nvidia-resiliency-ext",
 )  # fmt: skip
 SHOWN = ("torch", "megatron-core", "transformers", "diffusers", "triton", "numpy", "pillow", "wandb")
-MODULES = ("amp_C", "fused_weight_gradient_mlp_cuda")  # the compiled halves of NVIDIA's apex
+TE_PARTS = ("transformer-engine", "transformer-engine-torch")
+TE_LIBRARIES = ("transformer-engine-cu12", "transformer-engine-cu13")  # one of them
+APEX_ADDS = {  # by the compiled modules of NVIDIA's apex
+    "amp_C": "a fused Adam",
+    "fused_weight_gradient_mlp_cuda": "weight gradients summed within the matrix product",
+}
+MODULES = tuple(APEX_ADDS)
 
 Status = Literal["info", "ok", "no", "broken"]
 
@@ -63,6 +70,9 @@ class Machine:
     torch_cuda: str | None  # why torch cannot use the GPUs; None where it can, or where there are none
     versions: Mapping[str, str]  # of the DISTRIBUTIONS that are installed
     modules: frozenset[str]  # of the MODULES that can be imported
+    uncompiled: Mapping[
+        str, str | None
+    ]  # why csrc's library for a device is of no use; None if it can be used
     unmet: tuple[str, ...]  # requirements of iomm that are not met
 
 
@@ -101,6 +111,7 @@ def look() -> Machine:
         torch_cuda=_torch_cuda() if gpus else None,
         versions={name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None},
         modules=frozenset(name for name in MODULES if importlib.util.find_spec(name) is not None),
+        uncompiled={"cpu": build.CPU.stale(), "cuda": build.CUDA.stale()},
         unmet=tuple(_unmet()),
     )
 
@@ -150,25 +161,51 @@ def _backends(machine: Machine) -> Iterator[Check]:
         detail = f"Megatron-Core {machine.versions['megatron-core']}"
         yield Check(section=section, name="local", status="ok", detail=detail)
     detail, fix = _transformer_engine(machine)
-    detail = f"iomm has no such layers yet. {detail}"
-    yield Check(section=section, name="te", status="no", detail=detail, fix=fix)
+    status = "ok" if _usable_te(machine) else "no"
+    detail += "; iomm's layers of it have not yet run on a GPU" if status == "ok" else ""
+    yield Check(section=section, name="te", status=status, detail=detail, fix=fix)
+    yield _fp8(machine)
+
+
+def _usable_te(machine: Machine) -> bool:
+    return _usable_gpu(machine) and len(_te_packages(machine)) >= 3
+
+
+def _te_packages(machine: Machine) -> list[str]:
+    """Those of Transformer Engine's that are here; a library counts once."""
+    parts = [name for name in TE_PARTS if name in machine.versions]
+    return parts + [name for name in TE_LIBRARIES if name in machine.versions][:1]
+
+
+def _fp8(machine: Machine) -> Check:
+    """Whether fp8.recipe means 8 bits or an emulation here."""
+    capability = min((_release(gpu.compute_capability) for gpu in machine.gpus), default=(0, 0))
+    if not _usable_te(machine):
+        status, detail = "no", "needs te; the local layers emulate its numbers, slower than without it"
+    elif capability < (8, 9):
+        detail = f"needs compute capability 8.9, this GPU has {'.'.join(map(str, capability))}; "
+        status, detail = "no", detail + "parallel.backend=local emulates it"
+    elif capability < (9, 0):
+        status, detail = "ok", "delayed and current; blockwise needs compute capability 9.0"
+    else:
+        status, detail = "ok", "delayed and current; blockwise with CUDA 12.9 or newer"
+    return Check(section="layers (parallel.backend)", name="fp8", status=status, detail=detail)
 
 
 def _transformer_engine(machine: Machine) -> tuple[str, str]:
     """What is here of Transformer Engine, and what helps. All three of its packages must be, or none."""
-    parts = ("transformer-engine", "transformer-engine-torch")
-    libraries = ("transformer-engine-cu12", "transformer-engine-cu13")
-    library = [name for name in libraries if name in machine.versions]
-    here = [name for name in parts if name in machine.versions] + library
+    here = _te_packages(machine)
     if not here:
         return "Transformer Engine is not installed", CUDA_EXTRA if machine.gpus else ""
     if len(here) < 3:
-        lacking = [name for name in parts if name not in machine.versions]
-        lacking += [] if library else ["transformer-engine-cu13"]
+        lacking = [name for name in TE_PARTS if name not in here]
+        lacking += [] if set(here) & set(TE_LIBRARIES) else ["transformer-engine-cu13"]
         return f"Transformer Engine is installed without {' and '.join(lacking)}", CUDA_EXTRA
-    version = machine.versions["transformer-engine-torch"]
-    gpu = "a GPU is here" if machine.gpus else "it needs a GPU, and none is here"
-    return f"Transformer Engine {version} is installed; {gpu}", ""
+    installed = f"Transformer Engine {machine.versions['transformer-engine-torch']} is installed"
+    if _usable_gpu(machine):
+        return installed, ""
+    none = "none that torch can use" if machine.gpus else "none"
+    return f"{installed}; it needs a GPU, and {none} is here", ""
 
 
 def _kernels(machine: Machine) -> Iterator[Check]:
@@ -184,7 +221,9 @@ def _kernels(machine: Machine) -> Iterator[Check]:
         yield Check(section=section, name="triton", status="no", detail=detail)
     else:
         yield Check(section=section, name="triton", status="ok", detail=f"{count} by Triton {triton}")
-    yield Check(section=section, name="csrc", status="no", detail="csrc/ holds no source yet")
+    for device, problem in machine.uncompiled.items():
+        detail = f"for {device} tensors: {'compiled' if problem is None else f'the library {problem}'}"
+        yield Check(section=section, name="csrc", status="ok" if problem is None else "no", detail=detail)
 
 
 def _usable_gpu(machine: Machine) -> bool:
@@ -208,29 +247,46 @@ def _others(machine: Machine) -> Iterator[Check]:
     yield Check(section=section, name="DALI", status="no", detail=detail)
 
     section = "optional"
-    flash = versions.get("flash-attn")
-    detail = f"{flash} is installed" if flash else "not installed"
-    detail = f"iomm does not use it yet: it serves the te layers. {detail.capitalize()}"
-    yield Check(section=section, name="flash-attn", status="no", detail=detail)
+    yield _flash_attention(machine)
     yield _apex(machine)
+
+
+def _flash_attention(machine: Machine) -> Check:
+    """What it adds beside Transformer Engine, whose attention chooses between it and cuDNN."""
+    version = machine.versions.get("flash-attn")
+    adds = "another kernel for te's attention to choose; on compute capability 9.0 it prefers cuDNN's"
+    if version is None:
+        status, detail = "no", f"not installed, and not needed: it is {adds}"
+    elif _usable_te(machine):
+        status, detail = "ok", f"{version}: {adds}"
+    else:
+        status, detail = "no", f"{version} is installed, and without te not used: it is {adds}"
+    return Check(section="optional", name="flash-attn", status=status, detail=detail)
 
 
 def _apex(machine: Machine) -> Check:
     """NVIDIA's apex, known by its compiled modules: the apex on PyPI is another project."""
     found = sorted(machine.modules)
-    if found:
-        status, detail = "ok", f"NVIDIA's, with {', '.join(found)}"
+    if found and _usable_te(machine):
+        status, detail = "ok", f"NVIDIA's, with {', '.join(found)}; te has all of it and does not read it"
+    elif found:
+        adds = [APEX_ADDS[name] for name in found]
+        status, detail = "ok", f"NVIDIA's; it gives the local layers {' and '.join(adds)} (on a GPU)"
     elif "apex" in machine.versions:
         status, detail = "no", "a package of this name is here, but not NVIDIA's with its extensions"
     else:
-        status, detail = "no", "not installed, and not needed"
+        status, detail = "no", "not installed, and not needed; te has all that the local layers would get"
     return Check(section="optional", name="apex", status=status, detail=detail)
 
 
 def _choice(machine: Machine) -> Iterator[Check]:
     """What `auto` comes to."""
     device = "cuda, NCCL between ranks" if _usable_gpu(machine) else "cpu, gloo between ranks"
-    uses = {"device": device, "backend": "local", "operators": "eager", "decoder": "CPU"}
+    if _usable_gpu(machine):
+        operators = "triton" if "triton" in machine.versions else "eager"
+    else:
+        operators = "csrc, and eager where it has none" if machine.uncompiled["cpu"] is None else "eager"
+    uses = {"device": device, "backend": "local", "operators": operators, "decoder": "CPU"}
     for name, detail in uses.items():
         yield Check(section="a run on this machine uses", name=name, status="info", detail=detail)
 

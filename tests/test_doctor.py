@@ -12,7 +12,10 @@ from iomm.doctor import Check, Gpu, Machine, collect, render
 VERSIONS = {"torch": "2.14.1", "megatron-core": "0.19.2", "pillow": "13.0.0", "triton": "3.8.0"}
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, "9.0", "580.10")
 TE = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"), "2.20.2")
-CPU_ONLY = Machine(gpus=(), torch_cuda=None, versions=VERSIONS, modules=frozenset(), unmet=())
+NOT_BUILT = {"cpu": "is not built (make kernels)", "cuda": "is not built (make kernels)"}
+CPU_ONLY = Machine(
+    gpus=(), torch_cuda=None, versions=VERSIONS, modules=frozenset(), uncompiled=NOT_BUILT, unmet=()
+)
 
 
 def check(name: str, machine: Machine = CPU_ONLY, **changes: object) -> Check:
@@ -45,6 +48,26 @@ def test_a_gpu_that_torch_cannot_use_is_broken_and_the_run_is_on_cpu() -> None:
     assert check("device", gpus=(H100,), torch_cuda=reason).detail.startswith("cpu")
 
 
+def test_te_with_a_usable_gpu_is_what_auto_takes_and_says_that_it_has_not_run() -> None:
+    machine = dataclasses.replace(CPU_ONLY, versions=VERSIONS | TE, gpus=(H100,))
+    assert check("te", machine).status == "ok" and "not yet run on a GPU" in check("te", machine).detail
+    assert check("backend", machine).detail.startswith("te")
+    unusable = dataclasses.replace(machine, torch_cuda="torch is a CPU build")
+    assert check("te", unusable).status == "no" and "none that torch can use" in check("te", unusable).detail
+    assert check("backend", unusable).detail == check("backend").detail == "local"
+
+
+def test_fp8_is_real_where_te_and_the_gpu_have_it_and_emulated_elsewhere() -> None:
+    def on(capability: str) -> Check:
+        gpu = H100._replace(compute_capability=capability)
+        return check("fp8", versions=VERSIONS | TE, gpus=(gpu,))
+
+    assert check("fp8").status == "no" and "emulate" in check("fp8").detail
+    assert on("8.0").status == "no" and "this GPU has 8.0" in on("8.0").detail
+    assert on("8.9").status == "ok" and "blockwise needs compute capability 9.0" in on("8.9").detail
+    assert on("9.0").status == "ok" and "CUDA 12.9" in on("9.0").detail
+
+
 def test_transformer_engine_installed_in_part_names_what_is_missing() -> None:
     part = {"transformer-engine": "2.20.2", "transformer-engine-cu13": "2.20.2"}
     assert "installed without transformer-engine-torch" in check("te", versions=VERSIONS | part).detail
@@ -61,6 +84,15 @@ def test_apex_from_the_package_index_is_not_taken_for_the_one_of_nvidia() -> Non
     assert "not NVIDIA's" in check("apex", versions=VERSIONS | {"apex": "0.9.10"}).detail
     assert check("apex", modules=frozenset({"amp_C"})).status == "ok"
     assert "not needed" in check("apex").detail
+
+
+def test_what_flash_attention_and_apex_add_is_said_beside_te_and_without_it() -> None:
+    found = {"modules": frozenset({"amp_C", "fused_weight_gradient_mlp_cuda"})}
+    with_te = {"versions": VERSIONS | TE | {"flash-attn": "2.8.3"}, "gpus": (H100,)}
+    assert "gradients summed within the matrix product" in check("apex", **found).detail
+    assert "te has all of it" in check("apex", **found, **with_te).detail
+    assert check("flash-attn", **with_te).status == "ok" and "prefers cuDNN" in check("flash-attn").detail
+    assert "without te not used" in check("flash-attn", versions=VERSIONS | {"flash-attn": "2.8.3"}).detail
 
 
 def test_an_old_resiliency_extension_is_broken_and_a_newer_one_is_not_mentioned() -> None:
@@ -96,6 +128,17 @@ def test_triton_operators_are_usable_where_triton_and_a_gpu_are() -> None:
     assert f"{len(iomm_kernels.MODULES)} operators by Triton 3.8.0" in check("triton", gpus=(H100,)).detail
     without = {name: version for name, version in VERSIONS.items() if name != "triton"}
     assert check("triton", gpus=(H100,), versions=without).fix == "pip install triton"
+
+
+def test_compiled_operators_are_used_on_cpu_where_they_are_built() -> None:
+    assert check("csrc").detail == "for cuda tensors: the library is not built (make kernels)"
+    assert check("operators").detail == "eager"
+    built = NOT_BUILT | {"cpu": None}
+    assert [
+        c.status for c in collect(dataclasses.replace(CPU_ONLY, uncompiled=built)) if c.name == "csrc"
+    ] == ["ok", "no"]
+    assert check("operators", uncompiled=built).detail == "csrc, and eager where it has none"
+    assert check("operators", gpus=(H100,), uncompiled=built).detail == "triton"
 
 
 def test_what_is_shown_is_one_line_a_check_and_the_fix_below_it() -> None:

@@ -63,6 +63,16 @@ class Library:
             return "needs torch's headers, and torch is not installed for this Python"
         return None
 
+    def stale(self, folder: Path = HERE) -> str | None:
+        """Why the library in this folder is of no use; None if it is there and made from these sources."""
+        path = folder / self.file
+        if not path.exists():
+            return f"is not built: {path} is not there (run `make kernels`; it needs {self.compiler})"
+        record = folder / f"{self.file}.digest"
+        if self.sources() and (not record.exists() or record.read_text() != self.digest()):
+            return f"is older than its sources in {SOURCES} (run `make kernels`)"
+        return None
+
     def missing(self) -> list[str]:
         """Libraries of torch that it links and the installed torch has not: a CPU build has no torch_cuda. It
         can be built nevertheless, and not loaded."""

@@ -30,18 +30,11 @@ def problem(name: str, device_type: str = "cpu") -> str | None:
 def load_problem(device_type: str) -> str | None:
     """Load the library of "cpu" or "cuda" operators: why that failed, None if it did not."""
     library = LIBRARIES[device_type]
-    path = Path(os.environ.get("IOMM_CSRC_DIR") or build.HERE) / library.file
-    if not path.exists():
-        return f"is not built: {path} is not there (run `make kernels`; it needs {library.compiler})"
-    if library.sources() and _digest(path) != library.digest():
-        return f"is older than its sources in {build.SOURCES} (run `make kernels`)"
+    folder = Path(os.environ.get("IOMM_CSRC_DIR") or build.HERE)
+    if problem := library.stale(folder):
+        return problem
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(folder / library.file)
     except OSError as error:
         return f"does not load: {error.__cause__ or error}"
     return None
-
-
-def _digest(path: Path) -> str:
-    record = path.with_name(f"{path.name}.digest")
-    return record.read_text() if record.exists() else "unknown"

@@ -81,6 +81,11 @@ def lever_tables(levels: Sequence[Level], fitted: Efficiency) -> list[Table]:
         f"{PAPER_IMAGES_PER_S} with none needs {needed_factor(first.made, fitted, PAPER_IMAGES_PER_S):.2f}. "
         f"The runs span {calibration.spread()[0].system:.2f} to {calibration.spread()[1].system:.2f}.",
     ]
+    notes.append(
+        f"The paper's own run is no part of the fit: the model gives {first.made.images_per_s:.1f} for (a), "
+        f"{first.made.images_per_s / PAPER_IMAGES_PER_S - 1:+.0%}, and {other:.1f} for (b), "
+        f"{other / PAPER_IMAGES_PER_S - 1:+.0%}."
+    )
     return [Table("From the method as printed to the target", columns, rows, notes), _where(levels)]
 
 

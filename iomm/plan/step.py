@@ -22,7 +22,7 @@ from iomm.plan.communication import Transfer
 from iomm.plan.costs import Item, condition_items, generator_moved, image_items
 from iomm.plan.hardware import Cluster
 from iomm.plan.memory import Memory, rank_memory
-from iomm.plan.weights import Weights, conditioner_weights, generator_weights
+from iomm.plan.weights import Weights, conditioner_weights, generator_weights, newton_schulz_flops
 from iomm.plan.workload import Workload
 
 # Families of operators whose tensors tensor parallelism splits by heads or MLP channels.
@@ -252,11 +252,16 @@ def _optimizer(
     here: dict[str, Weights], work: Workload, replicas: int, cluster: Cluster, efficiency: Efficiency
 ) -> float:
     """Zeroed and clipped gradients, their norm (16 bytes a weight); on its owner AdamW (30) and the average
-    (12)."""
+    (12). Muon's orthogonalisation, dealt to the data-parallel ranks, in matrix products."""
+    config = work.config
     numbers = sum(_numbers(w) for w in here.values())
-    spread = replicas if work.config.parallel.distributed_optimizer else 1
-    step = 30 + (12 if work.config.optimizer.ema_decay is not None else 0)
-    return seconds_of(cluster.gpu, efficiency, moved=numbers * (16 + step / spread))
+    spread = replicas if config.parallel.distributed_optimizer else 1
+    step = 30 + (12 if config.optimizer.ema_decay is not None else 0)
+    flops = 0.0
+    if config.optimizer.kind == "muon":
+        steps = config.optimizer.muon_newton_schulz_steps
+        flops = sum(newton_schulz_flops(w, config.parallel.tp, steps) for w in here.values()) / spread
+    return seconds_of(cluster.gpu, efficiency, gemm=flops, moved=numbers * (16 + step / spread))
 
 
 def _transfers(

@@ -212,6 +212,20 @@ def is_hidden_matrix(name: str, weight: Weight) -> bool:
     return len(weight.shape) == 2 and not any(fnmatchcase(name, pattern) for pattern in ADAMW)
 
 
+def newton_schulz_flops(weights: Mapping[str, Weight], tp: int, steps: int) -> float:
+    """What Muon's orthogonalisation costs: of X (m <= n), each step X X^T, its square and a product,
+    4 m^2 n + 2 m^3. Split matrices are gathered first; a fused query-key-value matrix is three."""
+    total = 0.0
+    for name, weight in weights.items():
+        if weight.trained and is_hidden_matrix(name, weight):
+            short, long = sorted(weight.shape)
+            parts = 3 if name.endswith("qkv.weight") else 1
+            whole = short * long * tp // parts
+            m = min(short, whole // short)
+            total += parts * steps * (4.0 * m * whole + 2.0 * m**3)
+    return total
+
+
 def buffer_numbers(weights: Mapping[str, Weight], replicas: int) -> int:
     """Numbers in Megatron's gradient buffer of one bucket: weights start at multiples of 64, the end is a
     multiple of 128 and of the ranks it is reduced over."""

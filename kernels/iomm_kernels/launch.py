@@ -83,34 +83,38 @@ def resolve(name: str, provider: str, device_type: str, dtype: torch.dtype = tor
     """
     if provider not in PROVIDERS:
         raise ValueError(f"{name}: provider {provider!r} is none of {', '.join(PROVIDERS)}.")
-    problems: dict[str, str | None] = {
-        "triton": triton_problem(device_type),
-        "csrc": csrc.problem(name, device_type),
-    }
-    if dtype == torch.float64:
-        problems = dict.fromkeys(problems, "computes in fp32 and does not take float64")
     if provider == "auto":
-        return _automatic(name, device_type, problems)
-    if problem := problems.get(provider):
-        ways = [other for other, why in problems.items() if why is None]
+        return _automatic(name, device_type, dtype)
+    if problem := _problem(name, provider, device_type, dtype):
+        others = [other for other in ("triton", "csrc") if _problem(name, other, device_type, dtype) is None]
         raise ValueError(
             f"{name}: provider {provider!r} was asked for on {device_type}, but it {problem}. Otherwise use "
-            f"provider {' or '.join([*map(repr, ways), repr('eager')])}, or 'auto'."
+            f"provider {' or '.join([*map(repr, others), repr('eager')])}, or 'auto'."
         )
     return provider
 
 
-def _automatic(name: str, device_type: str, problems: dict[str, str | None]) -> str:
+def _automatic(name: str, device_type: str, dtype: torch.dtype) -> str:
     wanted = "triton" if device_type == "cuda" else "csrc"
-    choice = wanted if problems[wanted] is None else "eager"
+    problem = _problem(name, wanted, device_type, dtype)
+    choice = wanted if problem is None else "eager"
     if (name, device_type) not in _logged:
         _logged.add((name, device_type))
-        why = "" if choice == wanted else f": {wanted} {problems[wanted]}"
-        log.info("%s on %s: %s%s", name, device_type, choice, why)
+        log.info("%s on %s: %s%s", name, device_type, choice, f": {wanted} {problem}" if problem else "")
     return choice
 
 
+def _problem(name: str, provider: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the provider cannot serve; None if it can."""
+    if provider == "eager":
+        return None
+    if dtype == torch.float64:
+        return "computes in fp32 and does not take float64"
+    return triton_problem(device_type) if provider == "triton" else csrc.problem(name, device_type)
+
+
 def triton_problem(device_type: str) -> str | None:
+    """Why Triton cannot serve tensors of this kind of device; None if it can."""
     if not HAS_TRITON:
         return "is not installed (pip install triton)"
     if device_type == "cuda":

@@ -179,7 +179,7 @@ def _te_packages(machine: Machine) -> list[str]:
 
 def _fp8(machine: Machine) -> Check:
     """Whether fp8.recipe means 8 bits or an emulation here."""
-    capability = min((_release(gpu.compute_capability) for gpu in machine.gpus), default=(0, 0))
+    capability: tuple[int, ...] = min((_release(gpu.compute_capability) for gpu in machine.gpus), default=())
     if not _usable_te(machine):
         status, detail = "no", "needs te; the local layers emulate its numbers, slower than without it"
     elif capability < (8, 9):
@@ -286,7 +286,12 @@ def _choice(machine: Machine) -> Iterator[Check]:
         operators = "triton" if "triton" in machine.versions else "eager"
     else:
         operators = "csrc, and eager where it has none" if machine.uncompiled["cpu"] is None else "eager"
-    uses = {"device": device, "backend": "local", "operators": operators, "decoder": "CPU"}
+    uses = {
+        "device": device,
+        "backend": "te (fp64: local)" if _usable_te(machine) else "local",
+        "operators": operators,
+        "decoder": "CPU",
+    }
     for name, detail in uses.items():
         yield Check(section="a run on this machine uses", name=name, status="info", detail=detail)
 

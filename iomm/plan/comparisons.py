@@ -39,7 +39,10 @@ def ranking(ranked: Ranked) -> list[Table]:
     ]
     if len(ranked.too_large) > len(rows):
         rows.append((f"{len(ranked.too_large) - len(rows)} more", "memory"))
-    rows += [(f"{count} layouts", reason) for reason, count in ranked.refused.items()]
+    rows += [
+        (f"{len(found)} layouts", "for instance: " + found[0].split(". ")[0].rstrip("."))
+        for found in ranked.refused.values()
+    ]
     if rows:
         tables.append(Table("Infeasible layouts", ("layout", "why"), rows))
     return tables

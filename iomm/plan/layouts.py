@@ -36,7 +36,7 @@ class Ranked:
 
     feasible: list[Estimate]  # the fastest first
     too_large: list[Estimate]  # would work, but for their memory; the fastest first
-    refused: dict[str, int] = field(default_factory=dict)  # why, and how many
+    refused: dict[str, list[str]] = field(default_factory=dict)  # messages, alike but for their numbers
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -113,13 +113,12 @@ def rank(
         try:
             made = estimate(with_layout(work, layout), cluster, efficiency)
         except ValueError as error:
-            reason = _kind(str(error))
-            refused[reason] = refused.get(reason, 0) + 1
+            refused.setdefault(re.sub(r"\d+", "N", str(error)), []).append(str(error))
             continue
         (feasible if made.fits else too_large).append(made)
     if not feasible and not too_large:
-        reasons = "; ".join(f"{reason} ({count} layouts)" for reason, count in refused.items())
-        raise ValueError(f"no layout of {cluster.gpus} GPUs is possible: {reasons}.")
+        reasons = " ".join(f"{len(found)} layouts: {found[0]}" for found in refused.values())
+        raise ValueError(f"no layout of {cluster.gpus} GPUs is possible. {reasons}")
 
     def order(made: Estimate) -> tuple[float, float]:
         return made.seconds, made.peak_bytes
@@ -147,8 +146,3 @@ def why_too_large(made: Estimate) -> str:
     have = made.cluster.gpu.memory_bytes - made.cluster.gpu.reserve_bytes
     items = ", ".join(f"{name} {size / GIB:.0f}" for name, size in largest)
     return f"{worst.peak / GIB:.0f} GiB of {have / GIB:.0f} ({items})"
-
-
-def _kind(message: str) -> str:
-    """A message without its numbers, so that equal reasons count together."""
-    return re.sub(r"\d+", "N", message).split(". ")[0].rstrip(".")

@@ -191,20 +191,19 @@ def caches(work: Workload, distinct: float) -> Table:
     latent = work.image_tokens * work.config.generator.token_channels * max(4, work.element_bytes)
     patches = work.patch_tokens * work.mllm.lm.width * work.element_bytes
     rows = [
-        (
-            name,
-            f"{size / 1024:,.0f}",
-            f"{size * distinct / 1e12:,.2f}",
-            "used" if key in work.cached else "not used",
-        )
-        for key, name, size in (
-            ("vae", "latents (the mean of the VAE's moments, fp32)", latent),
-            ("vae", "the same in bf16", latent / max(4, work.element_bytes) * 2),
-            ("vit", "ViT features", patches),
+        (name, f"{size / 1024:,.0f}", f"{size * distinct / 1e12:,.2f}", use)
+        for name, size, use in (
+            ("latents, fp32 (the mean of the VAE's moments)", latent, _use(work, "vae")),
+            ("latents in bf16, for comparison", latent / max(4, work.element_bytes) * 2, "-"),
+            ("ViT features", patches, _use(work, "vit")),
         )
     ]
     title = f"Caches on disk, for {distinct / 1e6:,.1f} M images"
     return Table(title, ("what", "KiB an image", "TB", "this plan"), rows)
+
+
+def _use(work: Workload, encoder: str) -> str:
+    return "used" if encoder in work.cached else "not used"
 
 
 def to_data(made: Estimate, tables: Sequence[Table]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iomm.bench.fp8 import bench_fp8
 from iomm.checkpoint import sharded
-from iomm.config import Config, Fp8Config
+from iomm.config import Config, Fp8Config, ParallelConfig
 from iomm.parallel import fp8
 from iomm.parallel.engine import Engine
 from iomm.parallel.fp8 import finish_fp8_step, fp8_state, load_fp8_state, use_fp8
@@ -81,6 +81,20 @@ def test_an_emulation_says_that_it_is_one(caplog: pytest.LogCaptureFixture) -> N
     fp8._say.cache_clear()
     model(recipe="current")
     assert "emulated for 24 linears" in caplog.text and "parallel.backend=te" in caplog.text
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_no_number_and_no_scale(recompute: Any) -> None:
+    found = []
+    for mode in ("none", recompute):
+        made = perturbed(make(FLUX, torch.float32, parallel=ParallelConfig(recompute=mode)))
+        use_fp8(made, Fp8Config(recipe="delayed", keep=KEEP, amax_history=4))
+        out = made(*inputs())
+        out.square().sum().backward()
+        gradients = [p.grad for p in made.parameters() if p.grad is not None]
+        found.append([out.detach(), *gradients, *fp8_state(made).values()])
+    assert all(ours.equal(theirs) for ours, theirs in zip(*found, strict=True))
+    assert any(value[0].any() for value in found[0] if value.shape == (4, 3)), "nothing was recorded"
 
 
 def an_engine(mesh: Mesh, history: int = 8, recipe: str = "delayed") -> tuple[Config, Engine]:

@@ -42,7 +42,7 @@ IOMM_CLONES void forward_rows(const Rows<T>& x, const Rows<T>& y, T* out, T* h, 
             narrow(out_row, sum, n);
             const float* stored = widen(out_row, wide.data(), n);
             row_forward(staged(h_row, wide_h.data()), stored, v.factor + b * n, v.shift + b * n, n,
-                        row_statistics(stored, n, size.rms, size.eps));
+                        row_statistics(stored, n, size.rms, size.eps), false);
             narrow(h_row, wide_h.data(), n);
         }
     }
@@ -65,7 +65,7 @@ IOMM_CLONES void backward_rows(const Gradients<T>& in, T* dx, T* dy, Sums sums, 
             float* dx_row = staged(dx + row, wide_dx.data());
             row_backward(dx_row, sums.shift + at, sums.scale + at, widen(in.dh.at(l, b), wide_dh.data(), n), out,
                          v.factor + at, widen(in.dout.at(l, b), wide_dout.data(), n), n, size.rms,
-                         row_statistics(out, n, size.rms, size.eps));
+                         row_statistics(out, n, size.rms, size.eps), false);
             narrow(dx + row, dx_row, n);
             const T* y_row = in.y.at(l, b);
             const float* gate = v.gate + at;

@@ -14,14 +14,14 @@ constexpr const char* NAME = "modulate";
 
 template <typename T>
 IOMM_CLONES void forward_rows(const Rows<T>& x, T* y, const float* factor, const float* shift, int64_t samples, int64_t n,
-                              int64_t first, int64_t last, bool rms, float eps) {
+                              int64_t first, int64_t last, bool rms, float eps, bool stream) {
     std::vector<float> wide(n), out(n);
     for (int64_t l = first; l < last; ++l) {
         for (int64_t b = 0; b < samples; ++b) {
             T* y_row = y + (l * samples + b) * n;
             const float* x_row = widen(x.at(l, b), wide.data(), n);
             row_forward(staged(y_row, out.data()), x_row, factor + b * n, shift + b * n, n,
-                        row_statistics(x_row, n, rms, eps));
+                        row_statistics(x_row, n, rms, eps), stream);
             narrow(y_row, out.data(), n);
         }
     }
@@ -30,7 +30,8 @@ IOMM_CLONES void forward_rows(const Rows<T>& x, T* y, const float* factor, const
 // dshift, dscale: this piece's planes.
 template <typename T>
 IOMM_CLONES void backward_rows(const Rows<T>& dy, const Rows<T>& x, T* dx, float* dshift, float* dscale, const float* factor,
-                               int64_t samples, int64_t n, int64_t first, int64_t last, bool rms, float eps) {
+                               int64_t samples, int64_t n, int64_t first, int64_t last, bool rms, float eps,
+                               bool stream) {
     std::vector<float> wide_dy(n), wide_x(n), out(n);
     for (int64_t l = first; l < last; ++l) {
         for (int64_t b = 0; b < samples; ++b) {
@@ -38,7 +39,7 @@ IOMM_CLONES void backward_rows(const Rows<T>& dy, const Rows<T>& x, T* dx, float
             const float* dy_row = widen(dy.at(l, b), wide_dy.data(), n);
             const float* x_row = widen(x.at(l, b), wide_x.data(), n);
             row_backward(staged(dx_row, out.data()), dshift + b * n, dscale + b * n, dy_row, x_row, factor + b * n, nullptr,
-                            n, rms, row_statistics(x_row, n, rms, eps));
+                            n, rms, row_statistics(x_row, n, rms, eps), stream);
             narrow(dx_row, out.data(), n);
         }
     }
@@ -55,8 +56,11 @@ Tensor forward(const Tensor& x, const std::optional<Tensor>& shift, const Tensor
         const Rows<T> rows(x);
         T* out = data<T>(y);
         const float *factors = data<float>(factor), *offsets = data<float>(offset);
+        const bool stream = streams(out, x.size(0) * samples, n);
         for_tokens(x.size(0), samples * n, [&](int64_t first, int64_t last) {
-            forward_rows<T>(rows, out, factors, offsets, samples, n, first, last, rms, static_cast<float>(eps));
+            forward_rows<T>(rows, out, factors, offsets, samples, n, first, last, rms, static_cast<float>(eps),
+                            stream);
+            if (stream) stream_end();
         });
     });
     return y;
@@ -75,10 +79,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
         T* out = data<T>(dx);
         float* sum_data = data<float>(sums);
         const float* factors = data<float>(factor);
+        const bool stream = streams(out, x.size(0) * samples, n);
         for_pieces(x.size(0), plane, [&](int64_t piece, int64_t first, int64_t last) {
             float* dshift = sum_data + 2 * piece * plane;
             backward_rows<T>(dy_rows, x_rows, out, dshift, dshift + plane, factors, samples, n, first, last, rms,
-                             static_cast<float>(eps));
+                             static_cast<float>(eps), stream);
+            if (stream) stream_end();
         });
     });
     return {dx, total(sums, scale)};

@@ -2,7 +2,7 @@
 // D channels; everything in fp32.
 #pragma once
 
-#include "common.h"
+#include "stream_rows.h"
 
 namespace iomm {
 
@@ -23,15 +23,17 @@ IOMM_INLINE Statistics row_statistics(const float* x, int64_t n, bool rms, float
     return {centre, 1 / std::sqrt(squares / n + eps)};
 }
 
-IOMM_INLINE void row_forward(float* y, const float* x, const float* factor, const float* shift, int64_t n, Statistics of) {
+IOMM_INLINE void row_forward(float* y, const float* x, const float* factor, const float* shift, int64_t n, Statistics of,
+                             bool stream) {
+    if (stream) return stream_modulated(y, x, factor, shift, n, of.mean, of.rstd);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - of.mean) * of.rstd * factor[i] + shift[i];
 }
 
 // Adds the row's part to dshift and dscale, then dx = rstd (g - [mean(g)] - n(x) mean(g n(x))) with g = dy factor, plus
-// `plus` where it is given. dx may be the same memory as plus.
+// `plus` where it is given; then it is not streamed.
 IOMM_INLINE void row_backward(float* dx, float* dshift, float* dscale, const float* dy, const float* x, const float* factor,
-                              const float* plus, int64_t n, bool rms, Statistics of) {
+                              const float* plus, int64_t n, bool rms, Statistics of, bool stream) {
     float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t i = 0; i < n; ++i) {
@@ -42,6 +44,7 @@ IOMM_INLINE void row_backward(float* dx, float* dshift, float* dscale, const flo
         dscale[i] += dy[i] * normal;
     }
     const float first = rms ? 0 : sum / n, second = product / n;
+    if (stream) return stream_input_gradient(dx, dy, x, factor, n, of.mean, of.rstd, first, second);
     if (plus == nullptr) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) dx[i] = of.rstd * (dy[i] * factor[i] - first - (x[i] - of.mean) * of.rstd * second);

@@ -34,7 +34,7 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def two_threads_at_most(compiled_cpu: Path) -> None:
+def library(compiled_cpu: Path) -> None:
     assert compiled_cpu.is_dir()
 
 
@@ -64,11 +64,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return (found.double() - exact).abs().max().item() if found.numel() else 0.0
 
 
-@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
-def test_a_compiled_operator_is_as_exact_as_eager_in_value_and_gradient(
-    op: Op, case: Case, dtype: torch.dtype
-) -> None:
-    arguments = case.make(dtype, CPU)
+def assert_as_exact_as_eager(op: Op, arguments: tuple[Any, ...]) -> None:
     exact = run(op, op.reference, widened(arguments))
     eager = run(op, functools.partial(op.fused, provider="eager"), arguments)
     compiled = run(op, functools.partial(op.fused, provider="csrc"), arguments)
@@ -78,15 +74,32 @@ def test_a_compiled_operator_is_as_exact_as_eager_in_value_and_gradient(
         if not ours.numel() or reference.isnan().all():
             assert torch.equal(ours.isnan(), reference.isnan())
             continue
-        largest = reference.abs().max().item()
-        ulp = torch.finfo(ours.dtype).eps * largest
+        ulp = torch.finfo(ours.dtype).eps * reference.abs().max().item()
         assert error(ours, reference) <= 2 * error(theirs, reference) + ulp
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_a_compiled_operator_is_as_exact_as_eager_in_value_and_gradient(
+    op: Op, case: Case, dtype: torch.dtype
+) -> None:
+    assert_as_exact_as_eager(op, case.make(dtype, CPU))
+
+
+@pytest.mark.parametrize("name", ["modulate", "gated_residual"])
+@pytest.mark.parametrize("channels", [768, 760])
+def test_so_are_outputs_of_8_mib_which_are_written_past_the_caches_where_rows_are_multiples_of_64_bytes(
+    name: str, channels: int
+) -> None:
+    torch.manual_seed(0)
+    x_LBD, y_LBD = torch.randn(2, 360, 8, channels)
+    shift_BD, scale_BD = torch.randn(8, 2 * channels).chunk(2, dim=-1)
+    assert_as_exact_as_eager(OPS[name], (x_LBD, shift_BD, scale_BD if name == "modulate" else y_LBD))
 
 
 @pytest.mark.parametrize("name", [name for name in COMPILED if name != "mask_tokens"])
 def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
     op = OPS[name]
-    arguments = op.bench("cpu", 128, torch.float32, CPU)  # 64 tokens of 8 samples: enough for several threads
+    arguments = op.bench("cpu", 320, torch.float32, CPU)  # 400 tokens of 8 samples: several threads, streamed
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 3):

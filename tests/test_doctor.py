@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import iomm_kernels
-from iomm import doctor
 from iomm.doctor import Check, Gpu, Machine, collect, render
+from iomm.doctor.machine import _gpus
 
 VERSIONS = {"torch": "2.14.1", "megatron-core": "0.19.2", "pillow": "13.0.0", "triton": "3.8.0"}
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, "9.0", "580.10")
@@ -108,7 +108,7 @@ def test_the_driver_is_asked_for_its_gpus(tmp_path: Path, monkeypatch: pytest.Mo
     tool.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    first, second = doctor._gpus()
+    first, second = _gpus()
     assert first._replace(memory_gib=round(first.memory_gib, 1)) == H100
     assert second.memory_gib == 0
 
@@ -118,7 +118,7 @@ def test_a_driver_tool_that_fails_means_no_gpu(tmp_path: Path, monkeypatch: pyte
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._gpus() == ()
+    assert _gpus() == ()
 
 
 def test_triton_operators_are_usable_where_triton_and_a_gpu_are() -> None:

@@ -29,6 +29,7 @@ from iomm.plan.shapes import FLUX_VAE, INTERNVL3_2B
 from iomm.plan.workload import expected_longest, varied, workload
 from iomm.presets import b, xl
 from iomm.system import FAMILIES
+from tests.plan.encoders import codec_of, lm_of, text_config, vision_config
 from tests.plan.small_plans import small_work
 
 B = workload(b("b", images=("images",)))
@@ -79,27 +80,12 @@ def test_generator_forward_and_backward(name, mesh: Mesh):
         close(flops(items, "generator backward"), backward_of(out))
 
 
-def _lm(shape) -> nn.Module:
-    from transformers import Qwen2Config
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-
-    config = Qwen2Config(
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-    )
-    return Qwen2Model(config).requires_grad_(False)
-
-
 def test_lm_prefix_then_query_rows_forward_and_backward():
     from transformers import DynamicCache
 
     shape, p, q = replace(INTERNVL3_2B.lm, layers=2), 267, 256
     with torch.device("meta"):
-        lm = _lm(shape)
+        lm = lm_of(shape)
         prefix, queries = torch.empty(1, p, shape.width), torch.empty(1, q, shape.width, requires_grad=True)
         cache = DynamicCache(config=lm.config)
         of_prefix, _ = counted(lambda: lm(inputs_embeds=prefix, past_key_values=cache, use_cache=True))
@@ -118,18 +104,9 @@ def test_vit_with_pixel_shuffle_and_projector():
     from transformers import InternVLConfig, InternVLModel
 
     vit, lm = replace(INTERNVL3_2B.vit, layers=2), INTERNVL3_2B.lm
-    text = {"model_type": "qwen2", "hidden_size": lm.width, "num_hidden_layers": 1, "vocab_size": 10}
-    vision = {
-        "hidden_size": vit.width,
-        "intermediate_size": vit.mlp,
-        "num_hidden_layers": vit.layers,
-        "num_attention_heads": 16,
-        "image_size": [vit.image_px] * 2,
-        "patch_size": [vit.patch_px] * 2,
-        "use_absolute_position_embeddings": True,
-    }
+    text = text_config(replace(lm, layers=1, vocabulary=10))
     with torch.device("meta"):
-        model = InternVLModel(InternVLConfig(text_config=text, vision_config=vision)).eval()
+        model = InternVLModel(InternVLConfig(text_config=text, vision_config=vision_config(vit))).eval()
         pixels = torch.empty(1, 3, vit.image_px, vit.image_px)
         with torch.no_grad():
             count, out = counted(lambda: model.get_image_features(pixels).pooler_output)
@@ -139,18 +116,8 @@ def test_vit_with_pixel_shuffle_and_projector():
 
 @pytest.mark.parametrize("image_px", [512, 1024])
 def test_autoencoder_encode(image_px):
-    from diffusers import AutoencoderKL
-
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=FLUX_VAE.channels,
-            layers_per_block=FLUX_VAE.resnets,
-            latent_channels=FLUX_VAE.latent_channels,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = codec_of(FLUX_VAE)
         with torch.no_grad():
             count, _ = counted(lambda: vae.encoder(torch.empty(1, 3, image_px, image_px)))
     close(codec_item(FLUX_VAE, image_px).flops, count)

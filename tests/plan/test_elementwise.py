@@ -13,8 +13,11 @@ from iomm.conditioning.connector import TransformerLayer
 from iomm.model.blocks_z_image import scaled
 from iomm.model.rope import rope
 from iomm.plan import elementwise
+from iomm.plan.costs import codec_item
 from iomm.plan.elementwise import Passes
+from iomm.plan.shapes import CodecShape, LmShape
 from iomm_kernels import gated_residual, gated_residual_modulate, modulate, qk_norm_rope
+from tests.plan.encoders import codec_of, lm_of
 
 ROWS, SAMPLES, WIDTH = 64, 3, 128
 # Products and attention are counted as FLOPs; the rest of this list is the test's own doing.
@@ -101,19 +104,17 @@ def test_fused_operators_never_move_more(passes):
 
 @pytest.mark.parametrize(("mlp", "kv_heads"), [(4, 1), (2, 2)])
 def test_lm_layer_as_the_transformers_library_computes_it(mlp, kv_heads):
-    from transformers import Qwen2Config
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-
     def measure(layers: int) -> tuple[float, float]:
-        config = Qwen2Config(
-            hidden_size=WIDTH,
-            intermediate_size=mlp * WIDTH,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=kv_heads,
-            vocab_size=10,
+        shape = LmShape(
+            width=WIDTH,
+            layers=layers,
+            heads=2,
+            kv_heads=kv_heads,
+            mlp=mlp * WIDTH,
+            vocabulary=10,
+            tied=True,
         )
-        lm = Qwen2Model(config).to(torch.bfloat16).requires_grad_(False)
+        lm = lm_of(shape).to(torch.bfloat16)
         attend = torch.ones(SAMPLES, ROWS, dtype=torch.long)
         attend[0, 0] = 0  # so that the mask is an explicit one, as with a prefix
         return passes_of(
@@ -136,22 +137,8 @@ def test_connector_layer():
 
 
 def test_autoencoder_resnets():
-    from diffusers import AutoencoderKL
-
-    from iomm.plan.costs import codec_item
-    from iomm.plan.shapes import CodecShape
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).requires_grad_(False)
+    shape = CodecShape(name="small", channels=(32, 32), resnets=2, latent_channels=4)
+    vae = codec_of(shape, norm_groups=8)
     with Moved() as moved:
         vae.encoder(torch.randn(1, 3, 64, 64))
-    shape = CodecShape(name="small", channels=(32, 32), resnets=2, latent_channels=4)
     assert codec_item(shape, 64).moved == pytest.approx(moved.bytes, rel=0.15)

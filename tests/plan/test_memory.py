@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iomm.config import GeneratorConfig, ParallelConfig
 from iomm.model.blocks_flux import DoubleBlock, SingleBlock
 from iomm.model.blocks_z_image import Block, mlp_width
+from iomm.model.recompute import KEPT_OPERATORS
 from iomm.model.rope import Rope, rope
 from iomm.parallel.backend import Layers, transformer_config
 from iomm.parallel.mesh import Mesh
@@ -17,6 +19,7 @@ from iomm.plan.memory import Saved, in_flight, rank_memory
 from iomm.plan.shapes import LmShape
 from iomm.plan.step import stages_of
 from iomm.plan.workload import varied
+from tests.plan.encoders import lm_of
 from tests.plan.small_plans import small_work
 
 IMAGE, CONDITION, SAMPLES, WIDTH = 96, 32, 2, 256
@@ -108,20 +111,11 @@ def _lm_shape(layers: int) -> LmShape:
 
 def _saved_by_query_rows(layers: int, p: int, q: int) -> float:
     """Rows of the LM's width that a pass of q rows against a prefix of p saves."""
-    from transformers import DynamicCache, Qwen2Config
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+    from transformers import DynamicCache
 
     shape = _lm_shape(layers)
-    config = Qwen2Config(
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=10,
-    )
-    lm = Qwen2Model(config).to(torch.bfloat16).requires_grad_(False)
-    cache = DynamicCache(config=config)
+    lm = lm_of(shape).to(torch.bfloat16)
+    cache = DynamicCache(config=lm.config)
     with torch.no_grad():
         prefix = torch.randn(SAMPLES, p, shape.width, dtype=torch.bfloat16)
         lm(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
@@ -139,6 +133,38 @@ def _saved_by_query_rows(layers: int, p: int, q: int) -> float:
 
     queries = torch.randn(SAMPLES, q, shape.width, dtype=torch.bfloat16).requires_grad_()
     return saved_bytes(Rows(), queries, least=0) / (SAMPLES * shape.width * 2)
+
+
+class Kept(TorchDispatchMode):
+    """Bytes of the results that selective recomputation keeps."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.bytes = least, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator in KEPT_OPERATORS:
+            result = out[0] if isinstance(out, tuple) else out
+            size = result.numel() * result.element_size()
+            self.bytes += size if size >= self.least else 0  # modulation has a row a sample
+        return out
+
+
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_selective_recomputation_keeps_products_and_attention(family, mesh: Mesh):
+    config = FLUX if family == "flux" else Z_IMAGE
+    layers, rope_ = layers_of(config, mesh)
+    s = rows(IMAGE + CONDITION)
+    if family == "flux":
+        block, inputs = DoubleBlock(layers, config, last=False), (s[:CONDITION], s[CONDITION:])
+        inputs = (*inputs, rows(SAMPLES, WIDTH), rope_, None)
+    else:
+        block, inputs = Block(layers, config, modulated=True), (s, rows(SAMPLES, WIDTH), rope_, None)
+    with Kept(PASS // 5) as kept:
+        block(*inputs)
+    formula = memory._selective(config)
+    assert kept.bytes == pytest.approx(PASS * (formula.whole - 1 + formula.split), rel=1e-12)  # and the input
 
 
 def test_recomputation_keeps_less():

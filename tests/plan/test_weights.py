@@ -20,6 +20,7 @@ from iomm.plan.weights import (
 )
 from iomm.plan.workload import Workload, varied
 from iomm.system import System, plan_stages
+from tests.plan.encoders import codec_of, text_config, vision_config
 from tests.plan.pretended import mesh_of
 from tests.plan.small_plans import FLUX, Z_IMAGE, small_work
 
@@ -131,40 +132,13 @@ def test_muon_takes_hidden_matrices_and_leaves_the_ends_to_adamw():
 
 
 def test_published_encoders_have_as_many_weights_as_their_classes():
-    from diffusers import AutoencoderKL
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     lm, vit = INTERNVL3_2B.lm, INTERNVL3_2B.vit
-    text = {
-        "model_type": "qwen2",
-        "hidden_size": lm.width,
-        "intermediate_size": lm.mlp,
-        "num_hidden_layers": lm.layers,
-        "num_attention_heads": lm.heads,
-        "num_key_value_heads": lm.kv_heads,
-        "vocab_size": lm.vocabulary,
-    }
-    vision = {
-        "hidden_size": vit.width,
-        "intermediate_size": vit.mlp,
-        "num_hidden_layers": vit.layers,
-        "image_size": [vit.image_px] * 2,
-        "patch_size": [vit.patch_px] * 2,
-        "use_absolute_position_embeddings": True,
-        "attention_bias": vit.qkv_bias,
-        "norm_type": "layer_norm",
-    }
-    config = InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=lm.tied)
+    config = InternVLConfig(
+        text_config=text_config(lm), vision_config=vision_config(vit), tie_word_embeddings=lm.tied
+    )
     with torch.device("meta"):
-        mllm = InternVLForConditionalGeneration(config)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=FLUX_VAE.channels,
-            layers_per_block=FLUX_VAE.resnets,
-            latent_channels=FLUX_VAE.latent_channels,
-            use_quant_conv=FLUX_VAE.quant,
-            use_post_quant_conv=FLUX_VAE.quant,
-        )
+        mllm, vae = InternVLForConditionalGeneration(config), codec_of(FLUX_VAE)
     assert sum(p.numel() for p in vae.parameters()) == codec_weights(FLUX_VAE)
     assert sum(p.numel() for p in mllm.parameters()) == INTERNVL3_2B.weights

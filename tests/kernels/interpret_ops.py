@@ -143,6 +143,7 @@ def check_registration(op: Op, case: Case) -> None:
                     wanted = any(isinstance(args[d], Tensor) and _same(args[d], a) for d in op.differentiable)
                     inputs[k] = a.requires_grad_() if isinstance(a, Tensor) and wanted else a
             torch.library.opcheck(func, tuple(inputs))
+    torch.compiler.reset()  # operators compiled before count towards dynamo's limit of recompilations
     compiled = torch.compile(fused_by(op, "triton"), fullgraph=True, backend="aot_eager")
     args = arguments(op, case, torch.float32)
     alone, together = (run(op, f, args) for f in (fused_by(op, "triton"), compiled))

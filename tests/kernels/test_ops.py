@@ -18,6 +18,7 @@ import iomm_kernels
 from iomm_kernels.record import Case, Compile, Op
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(900)  # one process runs all checks: a minute and a half on a quiet core
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name.replace(' ', '_')}")
     for op in iomm_kernels.OPS
@@ -32,7 +33,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     path = tmp_path_factory.mktemp("interpreter") / "result.json"
     command = [sys.executable, str(HERE / "interpret_ops.py"), str(path)]
     done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=880
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text()).__getitem__
@@ -86,9 +87,9 @@ def _check_compile(compiled: Compile) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_a_provider_that_cannot_serve_is_an_error_that_names_the_way_out(op: Op) -> None:
     args = op.cases[0].make(torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match="'triton' was asked for on cpu.*TRITON_INTERPRET.*'eager'"):
+    with pytest.raises(ValueError, match="'triton' was asked for.*TRITON_INTERPRET.*'eager'"):
         op.fused(*args, provider="triton")
-    with pytest.raises(ValueError, match="provider 'cuda' is none of auto, eager, triton, csrc"):
+    with pytest.raises(ValueError, match="provider 'cuda' is none of auto, .*eager"):
         op.fused(*args, provider="cuda")
 
 

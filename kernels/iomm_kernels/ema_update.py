@@ -19,7 +19,7 @@ from iomm_kernels import csrc
 def reference(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
     """Plain PyTorch, in place."""
     now = [w.to(e.dtype) for e, w in zip(averages, weights, strict=True)]
-    torch._foreach_lerp_(list(averages), now, 1.0 - decay)
+    torch.ops.aten._foreach_lerp_.Scalar(list(averages), now, 1.0 - decay)
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def ema_update(
     shapes = [(tuple(e.shape), tuple(w.shape)) for e, w in zip(averages, weights, strict=False)]
     if len(averages) != len(weights) or any(e != w for e, w in shapes):
         raise ValueError(
-            f"ema_update: {len(averages)} averages and {len(weights)} weights, shapes {shapes}. Give a weight "
-            "of its shape for each average."
+            f"ema_update: {len(averages)} averages and {len(weights)} weights, shapes {shapes}. Give each "
+            "average a weight of its shape."
         )
     if not averages:
         return

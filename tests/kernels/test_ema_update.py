@@ -27,7 +27,7 @@ def test_what_does_not_fit_is_refused_with_what_was_given() -> None:
         ema_update([x], [x], 1.0)
     with pytest.raises(ValueError, match=r"2 averages and 1 weights"):
         ema_update([x, x], [x], 0.9)
-    with pytest.raises(ValueError, match=r"\(\(3,\), \(2,\)\).*a weight of its shape"):
+    with pytest.raises(ValueError, match=r"\(\(3,\), \(2,\)\).*average a weight of its shape"):
         ema_update([x], [x[:2]], 0.9)
     with pytest.raises(ValueError, match="provider 'triton' is none of auto, eager, csrc"):
         ema_update([x], [x], 0.9, provider="triton")

@@ -1,96 +1,204 @@
-"""WebDataset tar shards: one scan of the headers, then reads at known offsets.
+"""WebDataset tar shards as one numbered set of samples.
 
-A sample is every member of a shard that shares a key, the name up to its first dot: `1f600.webp` is the image
-of sample `1f600`, `1f600.txt` its caption. Other suffixes are left alone. Nothing is ever extracted, so a
-member's name never becomes a path of this machine.
-
-The scan reads every header when a set is opened. An index file beside a shard, object stores and pre-decoded
-shards would replace `_scan` and `_Descriptor`; nothing else here knows that a shard is a local tar file.
+A shard with an index (`iomm shard index`) opens at once, whatever its size; one without is scanned, header by
+header. Both ways give the same samples under the same numbers. What the index adds: an image that failed its
+test decode is refused unread, and one whose bytes changed since is noticed.
 """
 
-import glob
 import logging
-import os
-import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Self
+from functools import lru_cache
+from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from iomm.data import stores
+from iomm.data.cache import cache_key
 from iomm.data.errors import BadSample
+from iomm.data.index import Index, refuse_stale
+from iomm.data.stores import INDEX_SUFFIX, Reader
+from iomm.data.tar_members import CAPTION_SUFFIX, IMAGE_SUFFIXES, SampleRef, scan
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_SUFFIX = "txt"
-_BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 20
+__all__ = ["SampleRef", "ShardSet"]
+
 _OPEN_SHARDS = 128  # descriptors kept open; a process is usually allowed 1,024
+_NOTICE_SAMPLES = 20_000  # from here on a scan takes long enough to speak of an index
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRef:
-    """Where one sample's bytes lie. Offsets and sizes in bytes from the start of the shard."""
+class _Scanned:
+    """A shard without an index: all its samples, in memory."""
 
-    shard: str
-    key: str
-    image_offset: int
-    image_size: int
-    caption_offset: int | None
-    caption_size: int | None
+    samples: list[SampleRef]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, j: int) -> SampleRef:
+        return self.samples[j]
+
+
+@dataclass(frozen=True, slots=True)
+class _Indexed:
+    """A shard of an open index; `captioned`: only its samples with a caption."""
+
+    index: Index
+    k: int
+    captioned: bool
+
+    def __len__(self) -> int:
+        row = self.index.shards[self.k]
+        return row.captioned if self.captioned else row.images
+
+    def sample(self, j: int) -> SampleRef:
+        return self.index.sample(self.k, j, captioned=self.captioned)
 
 
 class ShardSet:
     """The samples of some shards, in shard order, then in the order of their images within a shard.
 
-    Reads are safe from several threads: they use `os.pread` and share no position.
+    Reads are safe from several threads. N is the number of samples.
     """
 
-    def __init__(self, refs: Sequence[SampleRef]) -> None:
-        self._refs = refs
+    def __init__(self, shards: Sequence[_Scanned | _Indexed]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)], dtype=np.int64)
         self._lock = threading.Lock()
-        self._descriptors: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._readers: OrderedDict[str, Reader] = OrderedDict()
 
     @classmethod
     def open(cls, patterns: Sequence[str], *, captioned_only: bool = False) -> Self:
-        """Scan the headers of every shard that `patterns` name.
+        """Open every shard that `patterns` name: by its index if there is one beside it, else by a scan.
 
         Args:
-            patterns: paths or globs of tar files. Each glob's shards are sorted by name.
+            patterns: paths or globs of tar files, or of indexes, which stand for their shards; local, or
+                addresses in an object store (`s3://...`). Each glob's shards are sorted by name.
             captioned_only: keep only the samples that have a caption.
 
         Raises:
             FileNotFoundError: a path or glob that names no file.
-            ValueError: a shard named twice, not a tar, torn, with nested, linked or duplicated members; or no
-                sample left.
+            ValueError: a shard named twice, not a tar, torn, with nested, linked or duplicated members; an
+                index that is damaged or stale; or no sample left.
         """
-        shards = _expand(patterns)
-        refs = [ref for shard in shards for ref in _scan(shard)]
-        kept = [ref for ref in refs if ref.caption_offset is not None] if captioned_only else refs
-        if not kept:
-            what = f"{len(refs)} images, none with a caption (KEY.{CAPTION_SUFFIX})" if refs else "no image"
+        paths = stores.expand(patterns)
+        indexes = stores.stamps([path + INDEX_SUFFIX for path in paths if not path.endswith(INDEX_SUFFIX)])
+        shards: list[_Scanned | _Indexed] = []
+        names: list[str] = []
+        total = 0  # with and without a caption
+        scanned: list[str] = []
+        opened_indexes: list[Index] = []
+        for path in paths:
+            index_path = path if path.endswith(INDEX_SUFFIX) else path + INDEX_SUFFIX
+            if index_path == path or index_path in indexes:
+                index = Index.open(index_path)
+                opened_indexes.append(index)
+                shards += [_Indexed(index, k, captioned_only) for k in range(len(index.shards))]
+                names += index.paths
+                total += sum(row.images for row in index.shards)
+            else:
+                samples = scan(path)
+                total += len(samples)
+                scanned += [path] * bool(samples)
+                kept = [s for s in samples if s.caption_offset is not None] if captioned_only else samples
+                shards.append(_Scanned(kept))
+                names.append(path)
+        stores.refuse_twice(names, patterns)
+        refuse_stale(opened_indexes)
+        opened = cls(shards)
+        if not len(opened):
+            what = f"{total} images, none with a caption (KEY.{CAPTION_SUFFIX})" if total else "no image"
             raise ValueError(
                 f"shards {', '.join(patterns)} hold {what}. "
                 f"A sample is KEY.{'|'.join(IMAGE_SUFFIXES)}, with its caption in KEY.{CAPTION_SUFFIX}. "
                 "Name other shards."
             )
-        return cls(kept)
+        if scanned and total >= _NOTICE_SAMPLES:
+            _suggest_index(" ".join(dict.fromkeys(stores.folder_of(path) or "." for path in scanned)))
+        return opened
 
     def __len__(self) -> int:
-        return len(self._refs)
+        return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> SampleRef:
-        return self._refs[i]
+        """Sample `i`; negative numbers count from the end.
+
+        Raises:
+            IndexError: there is no such sample.
+            ValueError: the index is damaged there.
+        """
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of a set of {len(self)}")
+        i %= len(self)
+        s = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._shards[s].sample(i - int(self._starts[s]))
+
+    @property
+    def indexed(self) -> bool:
+        """Whether every shard was opened by an index."""
+        return all(isinstance(shard, _Indexed) for shard in self._shards)
+
+    def size_px(self, i: int) -> tuple[int, int] | None:
+        """Width and height of image `i`, upright; None without an index or with an unreadable header."""
+        return self[i].size_px
+
+    def verdict(self, i: int) -> str | None:
+        """Why image `i` failed its test decode; None if it did not, or there is no index."""
+        return self[i].reason
+
+    def content_hash(self, i: int) -> str | None:
+        """`cache_key` of image file `i`, without reading it; None without an index."""
+        return self[i].content_hash
+
+    def sizes_N2(self) -> NDArray[np.int32]:
+        """Width and height of every image, upright, in pixels; 0 where unknown.
+
+        Raises:
+            ValueError: a shard has no index.
+        """
+        return self._columns("width_px", "height_px").astype(np.int32, copy=False)
+
+    def good_N(self) -> NDArray[np.bool_]:
+        """True where the image passed its test decode.
+
+        Raises:
+            ValueError: a shard has no index.
+        """
+        return self._columns("reason_bytes")[:, 0] == 0
+
+    def _columns(self, *fields: str) -> NDArray[np.int32]:
+        found = np.empty((len(self), len(fields)), np.int32)
+        for s, shard in enumerate(self._shards):
+            if isinstance(shard, _Scanned):
+                where = f" ({shard.samples[0].shard})" if shard.samples else ""
+                raise ValueError(
+                    f"a shard without an index{where}: the sizes of its images are not known. "
+                    "Make the index: iomm shard index TAR..."
+                )
+            rows = slice(int(self._starts[s]), int(self._starts[s + 1]))
+            found[rows] = shard.index.column(shard.k, fields, captioned=shard.captioned)
+        return found
 
     def image_bytes(self, i: int) -> bytes:
         """The image file of sample `i` as it lies in the shard.
 
         Raises:
+            BadSample: by the index the image does not decode, or is not the one that was indexed.
             OSError: the shard cannot be read, or became shorter since it was opened.
         """
-        ref = self._refs[i]
-        return self._read(ref.shard, ref.image_offset, ref.image_size)
+        ref = self[i]
+        if ref.reason is not None:
+            raise BadSample(ref.reason)
+        data = self._read(ref.shard, ref.image_offset, ref.image_size)
+        if ref.content_hash is not None and cache_key(data) != ref.content_hash:
+            raise BadSample(
+                "the image's bytes are not those that were indexed: the shard was damaged or changed since"
+            )
+        return data
 
     def caption(self, i: int) -> str | None:
         """The caption of sample `i` without surrounding white space; None if the sample has none.
@@ -99,165 +207,43 @@ class ShardSet:
             BadSample: the caption is not UTF-8, or empty.
             OSError: as for `image_bytes`.
         """
-        ref = self._refs[i]
+        ref = self[i]
         if ref.caption_offset is None or ref.caption_size is None:
             return None
-        try:
-            text = self._read(ref.shard, ref.caption_offset, ref.caption_size).decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSample(
-                f"the caption is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-            ) from error
-        if not text:
-            raise BadSample("the caption is empty")
-        return text
+        return caption_text(self._read(ref.shard, ref.caption_offset, ref.caption_size))
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
         with self._lock:
-            descriptor = self._descriptors.get(shard) or _Descriptor(shard)
-            self._descriptors[shard] = descriptor
-            self._descriptors.move_to_end(shard)
-            if len(self._descriptors) > _OPEN_SHARDS:
-                self._descriptors.popitem(last=False)
-        return descriptor.read(offset, size)
+            reader = self._readers.get(shard) or stores.open_reader(shard)
+            self._readers[shard] = reader
+            self._readers.move_to_end(shard)
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        return reader.read(offset, size)
 
 
-class _Descriptor:
-    """An open shard. Closed with its last reader, so that dropping it never disturbs a read in flight."""
-
-    def __init__(self, shard: str) -> None:
-        self._shard = shard
-        self._fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-
-    def read(self, offset: int, size: int) -> bytes:
-        parts, wanted = [], size
-        while wanted:
-            part = os.pread(self._fd, wanted, offset + size - wanted)
-            if not part:
-                raise OSError(
-                    f"{self._shard}: ends before byte {offset + size}, which its headers promise. "
-                    "The shard was changed while in use: restore it and resume the run."
-                )
-            parts.append(part)
-            wanted -= len(part)
-        return b"".join(parts)
-
-
-def _expand(patterns: Sequence[str]) -> list[str]:
-    """The shards in order; every pattern must name at least one, and no shard may come twice."""
-    shards: list[str] = []
-    for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        found = [path for path in found if Path(path).is_file()]
-        if not found:
-            raise FileNotFoundError(
-                f"no shard matches {pattern!r}. Every path or glob must name at least one tar file, "
-                f"seen from {Path.cwd()}. Correct the path, or build the shard first."
-            )
-        shards += found
-    seen: dict[str, str] = {}
-    for shard in shards:
-        real = os.path.realpath(shard)
-        if real in seen:
-            raise ValueError(
-                f"shard {shard} is named twice (also as {seen[real]}) by {', '.join(patterns)}. "
-                "Each shard counts once: remove one of the patterns."
-            )
-        seen[real] = shard
-    return shards
-
-
-def _scan(shard: str) -> list[SampleRef]:
-    """The samples of one shard that have an image.
+def caption_text(data: bytes) -> str:
+    """The text of a caption file, without surrounding white space.
 
     Raises:
-        ValueError: as in `ShardSet.open`.
+        BadSample: not UTF-8, or empty.
     """
-    images: dict[str, tuple[int, int]] = {}
-    captions: dict[str, tuple[int, int]] = {}
-    last, seen, closed = "", set[str](), set[str]()
-    for name, offset, size in _members(shard):
-        folder, _, base = name.removeprefix("./").rpartition("/")
-        key, _, suffix = base.partition(".")
-        if folder:
-            raise ValueError(
-                f"{shard}: member {name!r} lies in a folder. Keys are flat (KEY.webp, KEY.txt). "
-                "Pack the files from inside it."
-            )
-        if not key:
-            continue  # a hidden file, such as the ._KEY.jpg that macOS adds
-        if base in seen or key in closed:
-            raise ValueError(
-                f"{shard}: key {key!r} comes twice (second time as {name!r} at byte {offset}). "
-                "A sample's members stand together, each once. Rename one of the samples."
-            )
-        if key != last:
-            closed.add(last)
-            last, seen = key, set()
-        seen.add(base)
-        if suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(key, (offset, size))
-        elif suffix.lower() == CAPTION_SUFFIX:
-            captions[key] = (offset, size)
-    imageless = [key for key in (*closed, last) if key and key not in images]
-    if imageless:
-        _log.warning(
-            "%s: %d keys without an image left out, such as %r", shard, len(imageless), min(imageless)
-        )
-    return [SampleRef(shard, key, *place, *captions.get(key, (None, None))) for key, place in images.items()]
+    try:
+        text = data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(
+            f"the caption is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+    if not text:
+        raise BadSample("the caption is empty")
+    return text
 
 
-def _members(shard: str) -> list[tuple[str, int, int]]:
-    """(name, data offset, size) of every plain file in a tar, which must be complete to its end marker."""
-    found: list[tuple[str, int, int]] = []
-    with open(shard, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is what needs closing
-        except tarfile.ReadError as error:
-            raise ValueError(
-                f"{shard}: not a tar file at offset 0 ({error}). Shards are uncompressed tar files."
-            ) from error
-        try:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    found.append((member.name, member.offset_data, member.size))
-                elif not member.isdir():
-                    raise ValueError(
-                        f"{shard}: member {member.name!r} is a link, device or sparse file. "
-                        "Shards hold plain files only: pack the file itself."
-                    )
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(_torn(shard, tar.offset, str(error))) from error
-        _check_end(shard, file, tar.offset)
-    return found
-
-
-def _check_end(shard: str, file: BinaryIO, offset: int) -> None:
-    """Zeros from `offset` to the end of the file, and at least one block of them.
-
-    tarfile takes a missing end, a damaged header or a second archive for the end of the shard, and samples
-    would be lost in silence.
-    """
-    file.seek(offset)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        raise ValueError(_torn(shard, offset, "no end-of-archive marker"))
-    while block:
-        if block.count(0) != len(block):
-            raise ValueError(
-                _torn(
-                    shard, offset, "no member's header here, and no end-of-archive marker with nothing after"
-                )
-            )
-        block = file.read(_CHUNK)
-
-
-def _torn(shard: str, offset: int, what: str) -> str:
-    return (
-        f"{shard}: torn or damaged at offset {offset}: {what}. "
-        "Every shard must be one complete tar file. Copy or build it again."
+@lru_cache
+def _suggest_index(where: str) -> None:
+    """Once a process: training and evaluation open the same shards."""
+    _log.warning(
+        "shards without an index were scanned header by header. With one they open at once, and damaged "
+        "images are known beforehand. Make it: iomm shard index %s",
+        where,
     )

@@ -174,6 +174,11 @@ class DataConfig:
     cache_dir: str | None = (
         None  # keep latents and ViT features here, keyed by content hash; None: encode every time
     )
+    # cpu: libjpeg-turbo, for other formats Pillow; dali: NVIDIA DALI, on the GPU where there is one; auto:
+    # DALI where there are both it and a GPU. Held-out images are always decoded by the reference, Pillow.
+    decode: Literal["auto", "cpu", "dali"] = "auto"
+    max_image_pixels: int = 100_000_000  # an image with more by its header is a bad sample
+    max_image_bytes: int = 256 * 2**20  # so is a larger file
     decode_threads: int = 4
     prefetch_batches: int = 2
 
@@ -183,6 +188,11 @@ class DataConfig:
             self.mix_ratio == 1.0 or bool(self.pairs),
             f"data.mix_ratio {self.mix_ratio} asks for text-image pairs, but data.pairs is empty. "
             "Name shards with captions, or set data.mix_ratio=1.",
+        )
+        _require(
+            min(self.max_image_pixels, self.max_image_bytes) >= 1,
+            f"data.max_image_pixels {self.max_image_pixels} and data.max_image_bytes {self.max_image_bytes} "
+            "must be at least 1.",
         )
 
 

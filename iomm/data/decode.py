@@ -1,39 +1,27 @@
-"""Image file to a square of uint8 pixels, on the CPU with Pillow.
+"""Image file to uint8 pixels on the CPU with Pillow: the reference that evaluation uses, and every format.
 
-C = 3 channels (red, green, blue), H = W = side_px.
+C = 3 channels (red, green, blue), H and W the view's height and width.
 
-The whole-image view: turned upright, on white, the centre square, antialiased to the side. A decoder on the
-GPU, random crops at native resolution and aspect-ratio buckets are other functions of (bytes, geometry); this
-one stays the reference for evaluation. Colour profiles are not applied: samples are taken for sRGB.
+The whole-image view: turned upright, on white, the centre, antialiased to the wanted size. `decode_cpu` and
+`decode_dali` do the same faster for JPEG. Colour profiles are not applied: samples are taken for sRGB.
 """
 
-import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
+from iomm.data.decode_header import MAX_PIXELS, check_pixels, open_image
 from iomm.data.errors import BadSample
+from iomm.data.view import View
 
-MAX_PIXELS = 100_000_000
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The centre square of a JPEG, PNG or WebP file, upright, on white, resized with antialiasing (bicubic).
-
-    An image that already is side_px x side_px keeps its decoded pixels. Of an animation the first frame is
-    taken.
-
-    Args:
-        data: the file's bytes.
-        side_px: side of the result.
-        max_pixels: an image with more is refused by its header, before any pixel is decoded.
+    """The centre square of a JPEG, PNG or WebP file, as `decode_view` makes it.
 
     Returns:
         uint8 (3, side_px, side_px), contiguous.
@@ -41,23 +29,39 @@ def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_PIXELS) -> 
     Raises:
         BadSample: not such a file, damaged, truncated, or too large.
     """
+    return decode_view(data, View(side_px, side_px), max_pixels=max_pixels)
+
+
+def decode_view(data: bytes, view: View, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """A view of a JPEG, PNG or WebP file, upright, on white, resized with antialiasing (bicubic).
+
+    An image that already has the view's size keeps its decoded pixels. Of an animation the first frame is
+    taken.
+
+    Args:
+        data: the file's bytes.
+        view: what of the image is shown.
+        max_pixels: an image with more is refused by its header, before any pixel is decoded.
+
+    Returns:
+        uint8 (3, H, W), contiguous.
+
+    Raises:
+        BadSample: not such a file, damaged, truncated, or too large.
+    """
     # Pillow raises a dozen kinds of error on damaged files (OSError, SyntaxError, struct.error, zlib.error,
     # ...): here every one of them is about this file, and none may end the run.
     try:
-        with _open(data) as file:
-            width, height = file.size
-            if width * height > max_pixels:
-                raise BadSample(
-                    f"{width} x {height} px in the header, more than the limit of {max_pixels} px"
-                )
+        with open_image(data) as file:
+            check_pixels(*file.size, max_pixels)
             file.load()
             image = _rgb(ImageOps.exif_transpose(file))
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (side, side):
-            image = image.crop((left, top, left + side, top + side))
-        if side != side_px:
-            image = image.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        box, wanted = view.box(*image.size), (view.width_px, view.height_px)
+        if image.size != (box.width_px, box.height_px):
+            right, bottom = box.left_px + box.width_px, box.top_px + box.height_px
+            image = image.crop((box.left_px, box.top_px, right, bottom))
+        if image.size != wanted:
+            image = image.resize(wanted, Image.Resampling.BICUBIC)
     except BadSample:
         raise
     except Exception as error:
@@ -65,21 +69,23 @@ def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_PIXELS) -> 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _open(data: bytes) -> ImageFile:
-    """Pillow's reader for the format that the first bytes name; reads the header only.
+class PillowDecoder:
+    """`decode_view` as a `Decoder`: one file at a time, safe from several threads."""
 
-    `Image.open` would also try forty other formats, and its own pixel limit is a setting of the whole
-    process.
-    """
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile(io.BytesIO(data))
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile(io.BytesIO(data))
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return WebPImageFile(io.BytesIO(data))
-    raise BadSample(
-        "the file is empty" if not data else f"not a JPEG, PNG or WebP file: starts with {data[:8].hex(' ')}"
-    )
+    whole_batches = False
+
+    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+
+    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
+        """As `Decoder.decode`."""
+        return [self._decode(data, view) for data in files]
+
+    def _decode(self, data: bytes, view: View) -> Tensor | BadSample:
+        try:
+            return decode_view(data, view, max_pixels=self._max_pixels)
+        except BadSample as error:
+            return error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

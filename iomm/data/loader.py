@@ -22,10 +22,12 @@ from torch import Tensor
 
 from iomm.config import DataConfig
 from iomm.data.cache import cache_key
-from iomm.data.decode import decode_image
+from iomm.data.decode import PillowDecoder
+from iomm.data.decoder import Decoder, open_decoder
 from iomm.data.errors import BadSample, BadSampleReport
 from iomm.data.mixture import Kind, draw
 from iomm.data.shards import ShardSet
+from iomm.data.view import View
 from iomm.random import permute
 
 _PAIR_ORDER = 0x9E3779B9  # sets the order of pairs apart from that of images, which often are the same shards
@@ -49,7 +51,7 @@ class Batch:
     index_B: Tensor  # int64, on the CPU
     keys: tuple[str, ...]
     hashes: tuple[str, ...]
-    image_BCHW: Tensor  # uint8, on the CPU
+    image_BCHW: Tensor  # uint8; on the CPU, or where DALI decoded it
     captions: tuple[str | None, ...]
 
     @staticmethod
@@ -103,6 +105,16 @@ def global_batch_indices(
     return [list(range(start, start + micro_batch)) for start in starts]
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A sample of a source, for a global index."""
+
+    index: int
+    source: ShardSet
+    i: int  # in the source
+    with_caption: bool
+
+
 class Loader:
     """Samples by global index. Safe to call from several threads."""
 
@@ -124,6 +136,8 @@ class Loader:
                 f"data.prefetch_batches {data.prefetch_batches} must not be negative; 0 means no prefetch."
             )
         self._data = data
+        self._decoder = open_decoder(data)
+        self._view = View(data.image_px, data.image_px)
         self._seed = seed
         self._on_bad = on_bad
         self._sources: dict[Kind, ShardSet] = {}
@@ -154,20 +168,37 @@ class Loader:
         Raises:
             ValueError: a negative index, or no readable image in the whole source.
         """
+        return self.samples([index])[0]
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of global indices, as `sample` gives them, decoded together."""
+        found: dict[int, Sample] = {}  # by position in `indices`
+        attempt = 0
+        while len(found) < len(indices):
+            left = [place for place in range(len(indices)) if place not in found]
+            read = self._read([self._want(indices[place], attempt) for place in left], self._decoder)
+            found |= {place: sample for place, sample in zip(left, read, strict=True) if sample is not None}
+            attempt += 1
+        return [found[place] for place in range(len(indices))]
+
+    def _want(self, index: int, attempt: int) -> _Wanted:
+        """What stands for a global index after `attempt` unreadable samples.
+
+        Raises:
+            ValueError: as in `sample`.
+        """
         kind, position = draw(index, self._data.mix_ratio)
         source = self._sources[kind]
+        if attempt == len(source):
+            patterns = self._data.images if kind == "image" else self._data.pairs
+            raise ValueError(
+                f"no readable image among the {len(source)} samples of {', '.join(patterns)}. "
+                "Each one's reason was reported. Check that the shards hold JPEG, PNG or WebP files."
+            )
         epoch, place = divmod(position, len(source))
         seed = self._seed if kind == "image" else self._seed ^ _PAIR_ORDER
-        for attempt in range(len(source)):
-            i = permute((place + attempt) % len(source), len(source), seed, epoch)
-            found = self._read(source, i, index, with_caption=kind == "pair")
-            if found is not None:
-                return found
-        patterns = self._data.images if kind == "image" else self._data.pairs
-        raise ValueError(
-            f"no readable image among the {len(source)} samples of {', '.join(patterns)}. "
-            "Each one's reason was reported. Check that the shards hold JPEG, PNG or WebP files."
-        )
+        i = permute((place + attempt) % len(source), len(source), seed, epoch)
+        return _Wanted(index, source, i, kind == "pair")
 
     def stream(self, index_batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Batches of the given global sample indices, in order, decoded ahead by threads.
@@ -178,7 +209,7 @@ class Loader:
         """
         ahead = self._data.prefetch_batches + 1
         batches = iter(index_batches)
-        pending: deque[list[Future[Sample]]] = deque()
+        pending: deque[list[Future[list[Sample]]]] = deque()
         pool = ThreadPoolExecutor(self._data.decode_threads, thread_name_prefix="iomm-decode")
         try:
             more = True
@@ -189,7 +220,7 @@ class Loader:
                         pending.append(futures)
                 if not pending:
                     return
-                yield Batch.stack([future.result() for future in pending.popleft()])
+                yield Batch.stack([sample for part in pending.popleft() for sample in part.result()])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -201,14 +232,13 @@ class Loader:
         """
         if n < 1:
             raise ValueError(f"{n} held-out samples were asked for; at least 1 is needed.")
+        reference = PillowDecoder(self._data.max_image_pixels)
         samples: list[Sample] = []
         for i in range(self.heldout_size):
             if len(samples) == n:
                 break
             assert self._heldout is not None
-            found = self._read(self._heldout, i, len(samples), with_caption=True)
-            if found is not None:
-                samples.append(found)
+            samples += filter(None, self._read([_Wanted(len(samples), self._heldout, i, True)], reference))
         if len(samples) < n:
             raise ValueError(
                 f"data.heldout {list(self._data.heldout)} has {len(samples)} readable captioned samples, "
@@ -218,15 +248,15 @@ class Loader:
 
     def _submit_next(
         self, pool: ThreadPoolExecutor, batches: Iterator[Sequence[int]]
-    ) -> tuple[list[Future[Sample]], bool]:
-        """Futures of the next batch's samples, and whether more batches may follow.
+    ) -> tuple[list[Future[list[Sample]]], bool]:
+        """Futures of the next batch's samples, in parts, and whether more batches may follow.
 
         What `batches` itself raises becomes a failed future: the batches before it are handed out first.
         """
         try:
             indices = next(batches, None)
         except Exception as error:
-            failed: Future[Sample] = Future()
+            failed: Future[list[Sample]] = Future()
             failed.set_exception(error)
             return [failed], False
         if indices is None:
@@ -237,22 +267,45 @@ class Loader:
                 ValueError("an empty batch of sample indices was given; a batch has at least one.")
             )
             return [failed], False
-        return [pool.submit(self.sample, int(index)) for index in indices], True
+        whole = [int(index) for index in indices]
+        parts = [whole] if self._decoder.whole_batches else [[index] for index in whole]
+        return [pool.submit(self.samples, part) for part in parts], True
 
-    def _read(self, source: ShardSet, i: int, index: int, *, with_caption: bool) -> Sample | None:
-        """Sample i of a source under a global index. None if it is unreadable, reported the first time."""
-        if (source, i) in self._unreadable:
+    def _read(self, wanted: Sequence[_Wanted], decoder: Decoder) -> list[Sample | None]:
+        """Samples, decoded together. None for an unreadable one, reported the first time."""
+        read = [self._bytes(want) for want in wanted]
+        images = iter(decoder.decode([found[0] for found in read if found is not None], self._view))
+        samples: list[Sample | None] = []
+        for want, found in zip(wanted, read, strict=True):
+            image_CHW = None if found is None else next(images)
+            if isinstance(image_CHW, BadSample):
+                self._reject(want, image_CHW)
+            if found is None or not isinstance(image_CHW, Tensor):
+                samples.append(None)
+                continue
+            data, caption = found
+            key = want.source[want.i].key
+            samples.append(Sample(want.index, key, cache_key(data), image_CHW, caption))
+        return samples
+
+    def _bytes(self, want: _Wanted) -> tuple[bytes, str | None] | None:
+        """A sample's image file and caption. None if it is unreadable, reported the first time."""
+        if (want.source, want.i) in self._unreadable:
             return None
-        ref = source[i]
+        size, limit = want.source[want.i].image_size, self._data.max_image_bytes
         try:
-            data = source.image_bytes(i)
-            image_CHW = decode_image(data, self._data.image_px)
-            caption = source.caption(i) if with_caption else None
+            if size > limit:
+                raise BadSample(f"a file of {size} bytes, more than the limit of {limit} bytes")
+            caption = want.source.caption(want.i) if want.with_caption else None
+            return want.source.image_bytes(want.i), caption
         except BadSample as error:
-            self._unreadable.add((source, i))
-            self._report(BadSampleReport(ref.shard, ref.key, error.reason))
+            self._reject(want, error)
             return None
-        return Sample(index, ref.key, cache_key(data), image_CHW, caption)
+
+    def _reject(self, want: _Wanted, error: BadSample) -> None:
+        self._unreadable.add((want.source, want.i))
+        ref = want.source[want.i]
+        self._report(BadSampleReport(ref.shard, ref.key, error.reason))
 
     def _report(self, bad: BadSampleReport) -> None:
         with self._lock:

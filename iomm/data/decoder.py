@@ -1,0 +1,59 @@
+"""Which decoder a run uses: `data.decode = auto | cpu | dali`."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from iomm.config import DataConfig
+from iomm.data.decode_cpu import CpuDecoder
+from iomm.data.errors import BadSample
+from iomm.data.view import View
+
+INSTALL_DALI = "pip install nvidia-dali-cuda130"
+_log = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """Image files to pixels. The same file and view give the same pixels, whatever else is in the call."""
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether it is better called once with a batch than by several threads with a file each."""
+        ...
+
+    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
+        """A view of each file, turned upright, on white, resized with antialiasing: uint8 (3, H, W); or why
+        there is none. Nothing that is wrong with a file is raised.
+        """
+        ...
+
+
+def open_decoder(data: DataConfig) -> Decoder:
+    """The decoder that the configuration asks for; `auto` is DALI where there are it and a GPU.
+
+    Raises:
+        ValueError: DALI was asked for and is not installed.
+    """
+    installed = importlib.util.find_spec("nvidia") is not None and (
+        importlib.util.find_spec("nvidia.dali") is not None
+    )
+    if data.decode == "dali" and not installed:
+        raise ValueError(
+            f"data.decode=dali, but NVIDIA DALI is not installed. Install it ({INSTALL_DALI}), or set "
+            "data.decode=cpu."
+        )
+    gpu = torch.cuda.is_available()
+    if data.decode == "dali" or (data.decode == "auto" and gpu and installed):
+        from iomm.data.decode_dali import DaliDecoder
+
+        _log.info("decoding with DALI on the %s", "GPU" if gpu else "CPU")
+        device_id = torch.cuda.current_device() if gpu else None
+        return DaliDecoder(device_id, threads=data.decode_threads, max_pixels=data.max_image_pixels)
+    if data.decode == "auto":
+        why = f"DALI is not installed ({INSTALL_DALI})" if gpu else "there is no GPU"
+        _log.info("decoding on the CPU: %s", why)
+    return CpuDecoder(data.max_image_pixels)

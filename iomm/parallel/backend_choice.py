@@ -12,7 +12,7 @@ from iomm.config import ParallelConfig
 
 Backend = Literal["local", "te"]
 
-INSTALL = "pip install 'iomm[cuda]'"
+INSTALL = "pip install -e '.[cuda]'"
 # Transformer Engine comes in three packages, of which a part alone does not even import.
 _PACKAGES = ("transformer_engine", "transformer_engine_torch")
 

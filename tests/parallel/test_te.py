@@ -88,7 +88,7 @@ def test_te_is_missing_for_a_reason_that_names_the_way_out(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend_choice.importlib.util, "find_spec", _found(()))
-    assert "not installed; pip install 'iomm[cuda]'" in str(te_missing(torch.bfloat16))
+    assert "not installed; pip install -e '.[cuda]'" in str(te_missing(torch.bfloat16))
     monkeypatch.setattr(backend_choice.importlib.util, "find_spec", _found(("transformer_engine",)))
     assert "not installed" in str(te_missing(torch.bfloat16)), "a part of the packages is none of them"
     assert "no fp64; set train.precision=bf16" in str(te_missing(torch.float64))

@@ -147,7 +147,7 @@ def _modulate(
         return _forward_triton(x_LBD, shift_BD, scale_BD, norm, eps)
     if chosen == "csrc":
         return torch.ops.iomm_csrc.modulate(x_LBD, shift_BD, scale_BD, norm == "rms", eps)
-    return reference(x_LBD, shift_BD, scale_BD, norm, eps)
+    return reference(x_LBD, shift_BD, scale_BD, norm, eps).contiguous()
 
 
 @_modulate.register_fake
@@ -171,8 +171,8 @@ def _modulate_backward(
     def function(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return reference(x, shift, scale, norm, eps)
 
-    dx, *vectors = vjp(function, (x_LBD, torch.zeros_like(scale_BD), scale_BD), dy_LBD)
-    return dx, torch.stack(vectors)
+    dx, dshift, dscale = vjp(function, (x_LBD, torch.zeros_like(scale_BD), scale_BD), dy_LBD)
+    return dx.contiguous(), torch.stack((dshift, dscale))
 
 
 @_modulate_backward.register_fake

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from iomm.config import DataConfig
@@ -72,3 +73,22 @@ def damaged(write_shard, png) -> str:
     good = {key: png(seed) for seed, key in enumerate(KEYS)}
     bad = {"b": good["b"][:60], "e": b"", "g": b"<html>"}
     return write_shard("damaged.tar", [(f"{key}.png", bad.get(key, good[key])) for key in KEYS])
+
+
+def scene(seed: int, width_px: int, height_px: int, *, detail: float = 0.3) -> Image.Image:
+    """A picture like a photograph: coarse colours, finer brightness, weaker the finer it is."""
+    rng = np.random.default_rng(seed)
+    total_HWC = np.zeros((height_px, width_px, 3), np.float32)
+    for octave, share in enumerate((1.0, 0.6, detail, detail**2)):
+        cells = (3 * 2**octave, 4 * 2**octave)
+        for channel, weight in ((slice(0, 3), 1.0), (slice(0, 1), 0.2), (slice(2, 3), 0.2)):
+            noise = Image.fromarray(rng.normal(0, 1, cells).astype(np.float32))
+            smooth_HW = np.asarray(noise.resize((width_px, height_px), Image.Resampling.BICUBIC))
+            total_HWC[..., channel] += share * weight * smooth_HW[..., None]
+    return Image.fromarray(np.clip(total_HWC * 45 + 120, 0, 255).astype(np.uint8))
+
+
+def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 images."""
+    mean_square = (a.double() - b.double()).square().mean().clamp_min(1e-9)
+    return float(10 * torch.log10(255**2 / mean_square))

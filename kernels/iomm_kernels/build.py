@@ -124,8 +124,10 @@ def link_commands(library: Library, objects: list[Path], target: Path) -> list[l
     program = library.program()
     assert program is not None, library.problem()
     folder = target.parent
+    host = CPU.program() or CPU.compiler  # nvcc needs one too
+    empty = [host, "-shared", "-x", "c++", os.devnull]
     stubs = [
-        [program, "-shared", "-Xlinker", f"-soname=lib{name}.so", "-o", str(folder / f"lib{name}.so")]
+        [*empty, f"-Wl,-soname=lib{name}.so", "-o", str(folder / f"lib{name}.so")]
         for name in library.missing()
     ]
     search = [f"-L{_torch() / 'lib'}", f"-L{folder}", *(f"-l{name}" for name in library.links)]

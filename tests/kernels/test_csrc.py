@@ -207,6 +207,21 @@ def test_without_a_compiler_or_sources_building_is_refused_with_the_way_out(
     assert "has no sources here" in str(build.CPU.problem())
 
 
+def test_the_cuda_library_links_against_a_stand_in_where_torch_is_a_cpu_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if build.CUDA.program() is None:
+        pytest.skip("there is no nvcc")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cpu.so").touch()
+    monkeypatch.setattr(build, "torch_folder", lambda: tmp_path)
+    assert build.CUDA.missing() == ["torch_cuda"]
+    stub, link = build.link_commands(build.CUDA, [tmp_path / "a.o"], tmp_path / "made" / build.CUDA.file)
+    assert "-Wl,-soname=libtorch_cuda.so" in stub
+    assert f"-L{tmp_path / 'made'}" in link
+    assert link[-2:] == ["-o", str(tmp_path / "made" / build.CUDA.file)]
+
+
 def test_what_the_compiler_says_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.cpp").write_text("#error this is not an operator\n")
     monkeypatch.setattr(build, "SOURCES", tmp_path)

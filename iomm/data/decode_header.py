@@ -46,10 +46,14 @@ class Header:
         return self.orientation >= 5
 
     @property
+    def mirrored_axes(self) -> tuple[int, ...]:
+        """Which of rows (0) and columns (1) are then to be reversed."""
+        return (0,) * (self.orientation in _MIRROR_Y) + (1,) * (self.orientation in _MIRROR_X)
+
+    @property
     def upright_size_px(self) -> tuple[int, int]:
         """(width, height) as people see the image."""
-        size = (self.width_px, self.height_px)
-        return size[::-1] if self.sideways else size
+        return (self.height_px, self.width_px) if self.sideways else (self.width_px, self.height_px)
 
     def stored(self, box: Box) -> Box:
         """Where a box of the upright image lies in the stored one."""
@@ -66,10 +70,7 @@ class Header:
 
     def upright(self, stored_HWC: np.ndarray) -> np.ndarray:
         """The picture turned upright: a view of the same pixels, (W, H, C) where it lay sideways."""
-        turned = stored_HWC.swapaxes(0, 1) if self.sideways else stored_HWC
-        if self.orientation in _MIRROR_X:
-            turned = turned[:, ::-1]
-        return turned[::-1] if self.orientation in _MIRROR_Y else turned
+        return np.flip(stored_HWC.swapaxes(0, 1) if self.sideways else stored_HWC, self.mirrored_axes)
 
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:

@@ -13,7 +13,7 @@ from iomm.data.decode_cpu import CpuDecoder
 from iomm.data.errors import BadSample
 from iomm.data.view import View
 
-INSTALL_DALI = "pip install nvidia-dali-cuda130"
+INSTALL_DALI = "pip install 'iomm[data]'"
 _log = logging.getLogger(__name__)
 
 
@@ -32,15 +32,18 @@ class Decoder(Protocol):
         ...
 
 
+def dali_installed() -> bool:
+    """Whether NVIDIA DALI is there."""
+    return all(importlib.util.find_spec(name) is not None for name in ("nvidia", "nvidia.dali"))
+
+
 def open_decoder(data: DataConfig) -> Decoder:
     """The decoder that the configuration asks for; `auto` is DALI where there are it and a GPU.
 
     Raises:
         ValueError: DALI was asked for and is not installed.
     """
-    installed = importlib.util.find_spec("nvidia") is not None and (
-        importlib.util.find_spec("nvidia.dali") is not None
-    )
+    installed = dali_installed()
     if data.decode == "dali" and not installed:
         raise ValueError(
             f"data.decode=dali, but NVIDIA DALI is not installed. Install it ({INSTALL_DALI}), or set "

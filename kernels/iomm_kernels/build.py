@@ -30,6 +30,7 @@ class Library:
 
     name: str
     suffix: str
+    headers: tuple[str, ...]  # how the names of the headers begin that its sources include
     compiler: str
     variable: str  # environment variable that names another compiler
     flags: tuple[str, ...]
@@ -44,7 +45,8 @@ class Library:
 
     def digest(self) -> str:
         """Of everything the library is made from."""
-        files = (*self.sources(), *sorted(SOURCES.glob("*.h")))
+        headers = [path for path in sorted(SOURCES.glob("*.h")) if path.name.startswith(self.headers)]
+        files = (*self.sources(), *headers)
         contents = [repr((self.flags, self.links, TORCH_TARGET)).encode(), *(f.read_bytes() for f in files)]
         return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
@@ -83,6 +85,7 @@ class Library:
 CPU = Library(
     name="_csrc",
     suffix=".cpp",
+    headers=("common", "norm_rows", "philox", "stream_rows"),
     compiler="c++",
     variable="CXX",
     flags=("-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *HIDE),
@@ -91,6 +94,7 @@ CPU = Library(
 CUDA = Library(
     name="_csrc_cuda",
     suffix=".cu",
+    headers=("cuda_common",),
     compiler="nvcc",
     variable="NVCC",
     flags=("-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", ",".join(HIDE)),

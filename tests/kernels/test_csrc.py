@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,26 @@ def test_a_library_that_is_not_there_or_older_than_its_sources_is_refused_and_na
     assert "is older than its sources in" in str(unloaded("cpu"))
     (tmp_path / f"{build.CPU.file}.digest").write_text(build.CPU.digest())
     assert str(unloaded("cpu")).startswith("does not load: ")
+
+
+@pytest.mark.parametrize("library", [build.CPU, build.CUDA])
+def test_the_digest_covers_every_header_that_the_sources_include(library: build.Library) -> None:
+    pending, seen = library.sources(), set[Path]()
+    while pending:
+        source = pending.pop()
+        seen.add(source)
+        included = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+        pending += [path for name in included if (path := build.SOURCES / name) not in seen]
+    headers = {path.name for path in seen if path.suffix == ".h"}
+    assert {name for name in headers if not name.startswith(library.headers)} == set()
+
+
+def test_the_cuda_library_registers_its_operators_where_it_is_built() -> None:
+    if problem := csrc.load_problem("cuda"):
+        pytest.skip(f"the CUDA library {problem}")
+    for name in ("pack_index", "pack_rows", "take_rows", "ema_update_"):
+        assert csrc.problem(name, "cuda") is None
+        assert csrc.problem(name, "cpu") == f"has no compiled operator {name} for cpu tensors"
 
 
 def test_without_a_compiler_or_sources_building_is_refused_with_the_way_out(

@@ -28,7 +28,7 @@ from iomm.model.flops import block_costs, first_cost, last_cost
 from iomm.model.init import initialize
 from iomm.model.mmdit import MMDiT, unvaried_inputs
 from iomm.model.single_stream import SingleStreamDiT
-from iomm.parallel.backend import Layers, transformer_config
+from iomm.parallel.backend import Layers, kernel_provider, transformer_config
 from iomm.parallel.engine import DTYPES
 from iomm.parallel.fp8 import fp8_region, use_fp8
 from iomm.parallel.mesh import Mesh
@@ -89,7 +89,8 @@ class System(nn.Module):
         self.backend_config = transformer_config(
             generator.hidden_size, generator.heads, dtype, mesh, config.parallel
         )
-        layers = Layers(self.backend_config, mesh, config.kernels)
+        self.kernels = kernel_provider(config.kernels, mesh.device, dtype)
+        layers = Layers(self.backend_config, mesh, self.kernels)
         self.generator = FAMILIES[generator.family](generator, layers, stages)
         blocks = generator.double_blocks + generator.single_blocks
         self.stages: tuple[Chunk, ...] = (whole(blocks),) if stages is None else tuple(stages)
@@ -141,9 +142,7 @@ class System(nn.Module):
         if chunk.first or chunk.last:  # drawn again where needed: the draws are functions of the sample index
             index_B = item.index_B.to(x_BLC.device)
             t_B = training_timesteps(self.config.flow, seed, index_B)
-            x_t_BLC, target_BLC = flow_noise(
-                x_BLC, t_B, index_B, seed, Stream.NOISE, provider=self.config.kernels
-            )
+            x_t_BLC, target_BLC = flow_noise(x_BLC, t_B, index_B, seed, Stream.NOISE, provider=self.kernels)
         what, out = Pass(item.condition_tokens, item.attend_BT), carried_SBD
         if chunk.first:
             assert x_t_BLC is not None and t_B is not None
@@ -160,7 +159,7 @@ class System(nn.Module):
             return out
         assert t_B is not None and x_t_BLC is not None and target_BLC is not None
         velocity_BLC = self._to_velocity(out, x_t_BLC, t_B)
-        return velocity_mse(velocity_BLC, target_BLC, provider=self.config.kernels)
+        return velocity_mse(velocity_BLC, target_BLC, provider=self.kernels)
 
     def velocity(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """The network's velocity at x_t, whatever it predicts; in the dtype of x_t or fp32, the wider.

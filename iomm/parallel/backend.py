@@ -27,6 +27,7 @@ from iomm.parallel import cpu
 from iomm.parallel.backend_choice import choose_backend, fuses_gradients
 from iomm.parallel.local import Column, HeadNorm, Replicated, Row
 from iomm.parallel.mesh import Mesh
+from iomm_kernels import csrc
 
 cpu.prepare()  # before the first import of Megatron: its base classes are bound at import time
 
@@ -103,6 +104,24 @@ def _recompute(mode: str) -> dict[str, Any]:
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     # None of Megatron's own modules: what is selected is said in `iomm.model.recompute`.
     return dict(recompute_granularity=None if mode == "none" else mode, recompute_modules=[])
+
+
+def kernel_provider(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`Config.kernels` as the operators take it: with csrc, those without a compiled form are PyTorch's.
+
+    Raises:
+        ValueError: csrc was asked for where it cannot serve.
+    """
+    if kernels != "csrc":
+        return kernels
+    problem = csrc.load_problem("cpu") if device.type == "cpu" else "serves a CPU only"
+    if dtype == torch.float64:
+        problem = "computes in fp32, and train.precision is fp64"
+    if problem is not None:
+        raise ValueError(
+            f"kernels = csrc was asked for on {device.type}, but it {problem}. Set kernels=auto, or eager."
+        )
+    return "auto"  # on a CPU: csrc where it has the operator, else eager; which is logged
 
 
 @final

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iomm.config import OptimizerConfig, ParallelConfig, TrainConfig
 from iomm.parallel import cpu, muon
+from iomm.parallel.backend_choice import INSTALL
 from iomm.parallel.masters import Piece, leaves, pieces
 from iomm.parallel.mesh import Mesh
 
@@ -42,7 +43,8 @@ class Optimizer:
         mesh: where this rank stands.
 
     Raises:
-        ValueError: an `optimizer.groups` pattern that no weight of any rank fits.
+        ValueError: an `optimizer.groups` pattern that no weight of any rank fits; a GPU without Transformer
+            Engine and without apex.
     """
 
     def __init__(
@@ -57,6 +59,13 @@ class Optimizer:
     ) -> None:
         self._mesh, self._wrapped = mesh, [*chunks, *([shared] if shared else [])]
         self._sharded = parallel.distributed_optimizer
+        if getattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False):
+            # Megatron would take torch's AdamW, whose count of steps no checkpoint of ours restores. On a
+            # machine without a GPU `iomm.parallel.cpu` has put ours in its place.
+            raise ValueError(
+                "training on a GPU needs the AdamW of Transformer Engine or of NVIDIA's apex, and neither is "
+                f"installed. Install the first with: {INSTALL}"
+            )
         _check_groups(settings, names.values(), mesh)
         overrides = _overrides(settings, names)
         config = _config(settings, train, parallel, mesh)

@@ -12,23 +12,26 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
+import iomm.conditioning.mask
 import iomm.encoders
+import iomm.flow.timesteps
 import iomm.random
+import iomm.system
 from iomm.checkpoint.folder import name_of
+from iomm.conditioning import prompts
 from iomm.parallel import mesh as mesh_module
 from iomm.random import Stream
 from iomm.training.step import StepInputs
 from iomm.training.train import train
 from tests.layouts.cases import EVERY, SAVE_EVERY, Run
-
-_DRAWS = (iomm.random.uniform, iomm.random.normal)
-_STREAMS = (Stream.NOISE, Stream.TIMESTEP, Stream.MASK, Stream.NULL)
 
 
 def digest(values: Tensor) -> str:
@@ -46,32 +49,44 @@ def recorded() -> Iterator[dict[str, Any]]:
         record["order"].append([list(indices) for indices in dealt.indices])
         return encode(self, dealt)
 
-    def remember(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def drawn(seed: int, stream: Stream, index_B: Tensor, n: int) -> Tensor:
-            values = draw(seed, stream, index_B, n)
-            if stream in _STREAMS:
-                for index, row in zip(index_B.tolist(), values, strict=True):
-                    found = record["draws"].setdefault(f"{stream.name} {index}", digest(row))
-                    assert found == digest(row), f"{stream.name} of sample {index} changed between two draws"
-            return values
+    def keep(stream: str, index_B: Tensor, values: Tensor) -> None:
+        for index, row in zip(index_B.tolist(), values, strict=True):
+            found = record["draws"].setdefault(f"{stream} {index}", digest(row))
+            assert found == digest(row), f"{stream} of sample {index} changed between two draws"
 
-        return drawn
+    def uniform(seed: int, stream: Stream, index_B: Tensor, n: int) -> Tensor:
+        values = iomm.random.uniform(seed, stream, index_B, n)
+        if stream in (Stream.TIMESTEP, Stream.NULL):
+            keep(stream.name, index_B, values)
+        return values
 
-    patched = [
-        (module, name, value)
-        for module in [m for n, m in list(sys.modules.items()) if n.startswith("iomm.")]
-        for name, value in vars(module).items()
-        if value in _DRAWS
-    ]
-    try:
-        StepInputs.encode = remember_order  # type: ignore[method-assign]
-        for module, name, value in patched:
-            setattr(module, name, remember(value))
+    # The operators draw inside: noise shows as the target z - x of x = 0, the mask as what is left of ones.
+    def flow_noise(
+        x_BLC: Tensor, t_B: Tensor, index_B: Tensor, seed: int, *more: Any, **provider: Any
+    ) -> Any:
+        _, z_BLC = noise_operator(torch.zeros_like(x_BLC), t_B, index_B, *more, **provider)
+        keep("NOISE", index_B, z_BLC)
+        return noise_operator(x_BLC, t_B, index_B, *more, **provider)
+
+    def mask_tokens(x_BNF: Tensor, index_B: Tensor, *draw: Any) -> Tensor:
+        keep("MASK", index_B, mask_operator(torch.ones_like(x_BNF[..., :1]), index_B, *draw) == 1)
+        return mask_operator(x_BNF, index_B, *draw)
+
+    def keep_tokens(index_B: Tensor, *draw: Any) -> Tensor:
+        keep_BN = keep_operator(index_B, *draw)
+        keep("MASK", index_B, keep_BN[..., None])
+        return keep_BN
+
+    noise_operator = iomm.system.flow_noise
+    mask_operator, keep_operator = prompts.mask_tokens, prompts.keep_tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepInputs, "encode", remember_order)
+        for module in (iomm.flow.timesteps, iomm.conditioning.mask):
+            patch.setattr(module, "uniform", uniform)
+        patch.setattr(iomm.system, "flow_noise", flow_noise)
+        patch.setattr(prompts, "mask_tokens", mask_tokens)
+        patch.setattr(prompts, "keep_tokens", keep_tokens)
         yield record
-    finally:
-        StepInputs.encode = encode  # type: ignore[method-assign]
-        for module, name, value in patched:
-            setattr(module, name, value)
 
 
 def do(run: Run, world: Path, out: Path) -> None:

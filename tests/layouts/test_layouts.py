@@ -168,7 +168,7 @@ def test_a_rank_killed_while_a_checkpoint_is_written_leaves_the_last_one_to_go_o
     config = KILLED.config(world, tmp_path)
     checkpoints = config.run_dir / "checkpoints"
     half, good = checkpoints / f".tmp_{name_of(KILLED_AT)}", checkpoints / name_of(KILLED_EVERY)
-    assert half.is_dir() and not (half / INFO_FILE).exists()
+    assert not (half / INFO_FILE).exists()  # a rank that outlived the other may have removed all of it
     assert latest(checkpoints) == good
     parallel = dataclasses.replace(config.parallel, pp=1)
     train(dataclasses.replace(config, parallel=parallel))

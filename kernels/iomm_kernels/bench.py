@@ -12,7 +12,6 @@ On a GPU a buffer larger than L2 is written between calls, and CUDA events give 
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,12 @@ from torch import Tensor
 
 import iomm_kernels
 from iomm_kernels.bench_peers import PEERS
+from iomm_kernels.bench_timer import Call, Timer, ceilings
 from iomm_kernels.record import Op
 
 PROVIDERS = ("eager", "compile", "triton", "csrc", "sdpa", "flash", "te", "liger")
 PASSES = ("forward", "backward", "both")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLUSH_BYTES = 256 * 2**20  # more than the 50 MB of an H800's L2
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +107,7 @@ def measure(request: Request, say: Callable[[str], None] = lambda _: None) -> Re
     """
     device = torch.device(request.device)
     timer = Timer(device)
-    copy_gb_per_s = _copy_ceiling(timer, device)
-    matmul = {name: _matmul_ceiling(timer, device, DTYPES[name]) for name in request.dtypes}
+    before = ceilings(timer, [DTYPES[name] for name in request.dtypes])
     rows: list[Row] = []
     skipped: list[Skipped] = []
     wanted = [op for op in iomm_kernels.OPS if op.name in request.ops]
@@ -121,8 +117,12 @@ def measure(request: Request, say: Callable[[str], None] = lambda _: None) -> Re
                 for dtype in request.dtypes:
                     say(f"{op.name} {preset} {side_px} px {dtype}")
                     found, missed = _one_shape(op, preset, side_px, dtype, request, timer)
-                    rows += [_with_ceiling(row, copy_gb_per_s, matmul[dtype]) for row in found]
-                    skipped += [gap for gap in missed if gap not in skipped]
+                    rows += found
+                    skipped = list(dict.fromkeys((*skipped, *missed)))
+    after = ceilings(timer, [DTYPES[name] for name in request.dtypes])
+    better = [max(pair) for pair in zip(before, after, strict=True)]  # of two moments of the machine
+    copy_gb_per_s, *products = better
+    matmul = dict(zip(request.dtypes, products, strict=True))
     return Result(
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         torch=torch.__version__,
@@ -130,40 +130,9 @@ def measure(request: Request, say: Callable[[str], None] = lambda _: None) -> Re
         repeats=request.repeats,
         copy_gb_per_s=copy_gb_per_s,
         matmul_tflop_per_s=matmul,
-        rows=rows,
+        rows=[_with_ceiling(row, copy_gb_per_s, matmul[row.dtype]) for row in rows],
         skipped=skipped,
     )
-
-
-class Timer:
-    """Milliseconds of a call on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flush = (
-            torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-        )
-
-    def __call__(self, call: Call) -> float:
-        if self._flush is None:
-            began = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - began)
-        self._flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def in_turn(self, calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
-        """Times of each call, the calls taken in turn."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
-                times[name].append(self(call))
-        return times
 
 
 def _one_shape(
@@ -213,6 +182,8 @@ def _calls(
     calls: dict[str, Call] = {}
     skipped: list[Skipped] = []
     for provider in providers:
+        if not _offers(op, provider):
+            continue
         try:
             call = _call(op, _function(op, provider), arguments, pass_name)
             call()  # compiles, and says what is missing
@@ -224,16 +195,20 @@ def _calls(
     return calls, skipped
 
 
+def _offers(op: Op, provider: str) -> bool:
+    """Whether a provider has this operator at all; the attentions are those that state flops."""
+    if provider in ("te", "liger"):
+        return (op.name, provider) in PEERS
+    return provider not in (("csrc",) if op.flops is not None else ("sdpa", "flash"))
+
+
 def _function(op: Op, provider: str) -> Callable[..., Any]:
     if provider == "eager":
         return op.reference
     if provider == "compile":
         return torch.compile(op.reference, dynamic=False)
-    if provider in ("te", "liger"):
-        make = PEERS.get((op.name, provider))
-        if make is None:
-            raise ValueError(f"{provider} has no such operator")
-        return make()
+    if (op.name, provider) in PEERS:
+        return PEERS[op.name, provider]()
     return lambda *arguments: op.fused(*arguments, provider=provider)
 
 
@@ -294,20 +269,6 @@ def _percentiles(times: list[float]) -> tuple[float, float, float]:
     quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
     low, median, high = quantiles.tolist()
     return low, median, high
-
-
-def _copy_ceiling(timer: Timer, device: torch.device) -> float:
-    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    times = timer.in_turn({"copy": lambda: target.copy_(source)}, 11)["copy"]
-    return 2 * source.numel() * source.element_size() / statistics.median(times) / 1e6
-
-
-def _matmul_ceiling(timer: Timer, device: torch.device, dtype: torch.dtype) -> float:
-    side = 8192 if device.type == "cuda" else 512
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    times = timer.in_turn({"matmul": lambda: a @ b}, 11)["matmul"]
-    return 2 * side**3 / statistics.median(times) / 1e9
 
 
 def _known(kind: str, names: Iterable[str], there: Iterable[str]) -> None:

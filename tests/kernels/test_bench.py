@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iomm_kernels import bench_cli, bench_report
-from iomm_kernels.bench import PROVIDERS, Request, Result, Row, Skipped, measure
+from iomm_kernels.bench import PASSES, PROVIDERS, Request, Result, Row, Skipped, measure
 
 TINY = Request(
     ops=("gated_residual",),
@@ -95,10 +95,11 @@ def test_bytes_are_those_of_the_record_forward_and_gradients_in_and_out_backward
 
 
 def test_a_provider_that_fails_is_left_out_with_its_reason_and_the_others_are_measured() -> None:
-    found = measure(dataclasses.replace(TINY, providers=("liger", "eager", "flash")))
-    assert [r.provider for r in found.rows] == ["eager"]
-    assert [gap.what for gap in found.skipped] == ["gated_residual: liger", "gated_residual: flash"]
-    assert "liger has no such operator" in found.skipped[0].why
+    providers = ("liger", "eager", "triton", "flash")
+    found = measure(dataclasses.replace(TINY, ops=("modulate",), providers=providers, passes=PASSES))
+    assert [(r.pass_name, r.provider) for r in found.rows] == [(name, "eager") for name in PASSES]
+    assert [gap.what for gap in found.skipped] == ["modulate: liger", "modulate: triton"]  # once each
+    assert "liger_kernel" in found.skipped[0].why
 
 
 def test_the_share_of_the_ceiling_is_of_the_copy_measured_in_the_same_run() -> None:

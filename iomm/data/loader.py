@@ -284,8 +284,10 @@ class Loader:
                 samples.append(None)
                 continue
             data, caption = found
-            key = want.source[want.i].key
-            samples.append(Sample(want.index, key, cache_key(data), image_CHW, caption))
+            ref = want.source[want.i]
+            # An index has the hash, and the bytes were held against it when they were read.
+            content_hash = ref.content_hash or cache_key(data)
+            samples.append(Sample(want.index, ref.key, content_hash, image_CHW, caption))
         return samples
 
     def _bytes(self, want: _Wanted) -> tuple[bytes, str | None] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iomm.data import shard_command
 from iomm.plan import command as plan_command
 from iomm_kernels import bench_cli
 
@@ -137,11 +138,19 @@ def _parser() -> argparse.ArgumentParser:
     fp8.add_argument("config", type=Path)
     fp8.add_argument("--set", action="append", default=[], metavar="A.B=VALUE")
 
+    data = add_bench("data", _bench_data, "images per second of one core: our loader, others, and the floor")
+    data.add_argument("--images", type=int, default=1000, help="JPEGs of 1024 x 768 (default 1000)")
+    data.add_argument("--large", type=int, default=200, help="JPEGs of 2400 x 1600 (default 200)")
+    data.add_argument("--side", type=int, default=512, help="of the decoded square, px (default 512)")
+    data.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes (default 5)")
+
     bench_cli.add_arguments(add_bench("kernels", bench_cli.run, bench_cli.DESCRIPTION))
 
     plan_command.add_arguments(
         add("plan", _plan, "memory, time and cost of a run on a cluster, and its fastest layout")
     )
+
+    shard_command.add_arguments(add("shard", shard_command.run, shard_command.DESCRIPTION))
 
     add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
     return parser
@@ -316,6 +325,14 @@ def _bench_fp8(arguments: argparse.Namespace) -> int:
     from iomm.bench.fp8 import bench_fp8
 
     sys.stdout.write(bench_fp8(load_config(arguments.config).override(arguments.set)))
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace) -> int:
+    from iomm.bench.data import bench_data
+
+    sizes = (arguments.images, arguments.large, arguments.side, arguments.rounds)
+    sys.stdout.write(bench_data(*sizes))
     return 0
 
 

@@ -17,8 +17,10 @@ N samples, M of them with a caption, in one shard.
 
 import io
 import json
+import shutil
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -74,11 +76,19 @@ class ShardIndex:
 
     @classmethod
     def build(cls, name: str, stamp: Stamp, samples: Sequence[SampleRef]) -> Self:
-        """From samples whose content hash is known, in the order of the shard."""
+        """From samples whose content hash is known, in the order of the shard.
+
+        Raises:
+            ValueError: a member of 4 GiB or more.
+        """
         records_N = np.zeros(len(samples), RECORD)
         text = bytearray()
         for i, sample in enumerate(samples):
             assert sample.content_hash is not None
+            if max(sample.image_size, sample.caption_size or 0) >= 1 << 32:
+                raise ValueError(
+                    f"{name}: a member of sample {sample.key!r} has 4 GiB or more. Leave it out."
+                )
             key = sample.key.encode("utf-8", "surrogateescape")
             reason = (sample.reason or "")[:_MAX_REASON].encode("utf-8", "replace")
             width, height = sample.size_px or (0, 0)
@@ -155,20 +165,19 @@ def _write(file: BinaryIO, shards: Iterable[ShardIndex]) -> None:
 class Index:
     """An open index file. Safe to use from several threads."""
 
-    def __init__(self, path: str, local: str, keep: object = None) -> None:
+    def __init__(self, path: str, local: str) -> None:
         """Read the footer.
 
         Args:
             path: the index, as the user named it; relative names of shards are seen from its folder.
             local: the same file on this machine.
-            keep: whatever has to live as long as the index, such as the folder of a copy.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: not an index of this version, or damaged.
         """
         self.path = path
-        self._local, self._keep = local, keep
+        self._local = local
         self._trailer, self.shards = _read_footer(path, local)
         folder = stores.folder_of(path)
         self.paths = [stores.join(folder, shard.name) for shard in self.shards]
@@ -178,10 +187,15 @@ class Index:
         """Open an index; one in a store is first copied to a temporary folder. Raises as the constructor."""
         if not stores.is_remote(path):
             return cls(path, path)
-        folder = tempfile.TemporaryDirectory(prefix="iomm-index-")
-        local = f"{folder.name}/index"
-        stores.download(path, local)
-        return cls(path, local, folder)
+        folder = tempfile.mkdtemp(prefix="iomm-index-")
+        try:
+            stores.download(path, f"{folder}/index")
+            index = cls(path, f"{folder}/index")
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        weakref.finalize(index, shutil.rmtree, folder)
+        return index
 
     def _reader(self) -> Reader:
         return _open_again(self.path, self._local, self._trailer)
@@ -294,7 +308,7 @@ def _describe(stamp: Stamp) -> str:
 
 
 def _read_footer(path: str, local: str) -> tuple[bytes, list[IndexedShard]]:
-    size = stores.stamps([local])[local].size_bytes
+    size = stores.stamp(local).size_bytes
     if size < _HEAD.size + _TRAILER.size:
         raise ValueError(_damaged(path, f"it has {size} bytes"))
     reader = stores.open_reader(local)
@@ -317,7 +331,7 @@ def _read_footer(path: str, local: str) -> tuple[bytes, list[IndexedShard]]:
 @lru_cache(maxsize=_OPEN_INDEXES)
 def _open_again(path: str, local: str, trailer: bytes) -> Reader:
     """An index file that was opened before: still the same one?"""
-    size = stores.stamps([local])[local].size_bytes
+    size = stores.stamp(local).size_bytes
     reader = stores.open_reader(local)
     if size < _TRAILER.size or reader.read(size - _TRAILER.size, _TRAILER.size) != trailer:
         raise ValueError(f"{path}: the index was replaced while in use. Resume the run with the new one.")

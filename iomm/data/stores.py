@@ -155,7 +155,10 @@ def refuse_twice(paths: Sequence[str], patterns: Sequence[str]) -> None:
     """
     seen: dict[str, str] = {}
     for path in paths:
-        real = path if is_remote(path) else os.path.realpath(path)
+        real = os.path.realpath(path)
+        if is_remote(path):
+            store, inner = store_of(path)
+            real = store.unstrip_protocol(inner)
         if real in seen:
             raise ValueError(
                 f"shard {path} is named twice (also as {seen[real]}) by {', '.join(patterns)}. "
@@ -202,6 +205,18 @@ def stamps(paths: Sequence[str]) -> dict[str, Stamp]:
         if name in listed[folder]:
             found[path] = Stamp(listed[folder][name], 0)
     return found
+
+
+def stamp(path: str) -> Stamp:
+    """The stamp of a file.
+
+    Raises:
+        FileNotFoundError: there is none. OSError, ValueError: as in `stamps`.
+    """
+    found = stamps([path])
+    if path not in found:
+        raise FileNotFoundError(f"{path}: no such file. Correct the path, or put it back.")
+    return found[path]
 
 
 def _listing(folder: str) -> dict[str, int]:
@@ -271,3 +286,18 @@ def download(path: str, local: str) -> None:
     with open(local, "wb") as file, store.open(inner, "rb") as remote:
         while chunk := remote.read(_COPY_CHUNK):
             file.write(chunk)
+
+
+def seen_from(folder: str, path: str) -> str:
+    """The name of a file as an index in `folder` notes it: relative where both lie in the same place.
+
+    Raises:
+        ValueError: a local file, seen from a store.
+    """
+    if is_remote(path):
+        return path.removeprefix(folder + "/") if is_remote(folder) else path
+    if is_remote(folder):
+        raise ValueError(
+            f"the shard {path} is on this machine, its index would be in a store ({folder}). Upload both."
+        )
+    return os.path.relpath(path, folder or ".")

@@ -1,0 +1,168 @@
+"""`iomm shard make | index | check`: what the command line says, and what is printed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iomm.data.inspection import Limits
+
+DESCRIPTION = "pack images into shards, index shards, check them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options. Imports nothing heavy."""
+    what = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+
+    text = "pack folders of images, tars or Parquet files into shards; goes on where it was stopped"
+    make = what.add_parser("make", help=text, description=text)
+    make.add_argument("source", nargs="+", help="a folder (KEY.jpg with KEY.txt or KEY.json), tars, .parquet")
+    make.add_argument("-o", "--output", type=Path, required=True, help="folder of the shards")
+    make.add_argument("--shard-bytes", type=int, default=1_000_000_000, help="of images (default 1e9)")
+    make.add_argument("--shard-images", type=int, default=10_000, help="at most (default 10000)")
+    make.add_argument("--image-column", default="image", help="of Parquet (default image)")
+    make.add_argument("--caption-field", default="caption", help="of JSON and Parquet (default caption)")
+
+    text = "index shards that exist, so that training opens them at once and knows their bad images"
+    index = what.add_parser("index", help=text, description=text)
+    index.add_argument("shard", nargs="+", help="tars, globs or folders of them; s3:// and gs:// too")
+    index.add_argument("-o", "--output", help="also one index of them all, for data.images")
+    index.add_argument("--force", action="store_true", help="decode everything again, also what fits")
+
+    text = "compare shards with their indexes: headers, and the hash of every image"
+    check = what.add_parser("check", help=text, description=text)
+    check.add_argument("shard", nargs="+", help="tars, folders of them, or indexes")
+
+    for sub in (make, index, check):
+        sub.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: all cores)")
+        sub.add_argument("--max-pixels", type=int, help="of an image (default 1e8)")
+        sub.add_argument("--max-image-bytes", type=int, default=100_000_000, help="(default 1e8)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one of the three; the exit status: 0 all is well, 1 something is not.
+
+    Raises:
+        ValueError, OSError: as in `make_shards`, `index_shard`, `merge_indexes`.
+    """
+    from iomm.data.decode_header import MAX_PIXELS
+    from iomm.data.inspection import Limits
+
+    pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
+    limits = Limits(max_pixels=pixels, max_image_bytes=arguments.max_image_bytes)
+    command = {"make": _make, "index": _index, "check": _check}[arguments.what]
+    return command(arguments, limits)
+
+
+def _make(arguments: argparse.Namespace, limits: "Limits") -> int:
+    from iomm.data.shard_writer import QUARANTINE, SET_INDEX, MakeOptions, Progress, make_shards
+    from iomm.data.sources import open_sources
+
+    column, caption = arguments.image_column, arguments.caption_field
+    sources = open_sources(arguments.source, limits, image_column=column, caption_field=caption)
+    options = MakeOptions(
+        shard_bytes=arguments.shard_bytes,
+        shard_images=arguments.shard_images,
+        processes=arguments.processes,
+        limits=limits,
+    )
+    with _bar("packing", len(sources)) as update:
+
+        def on_progress(now: Progress) -> None:
+            update(now.source, f"{now.images} images in {now.shards} shards, {now.rejected} left out")
+
+        done = make_shards(sources, arguments.output, options, on_progress=on_progress)
+    index, left_out = arguments.output / SET_INDEX, arguments.output / QUARANTINE
+    sys.stdout.write(
+        f"{done.images} images, {done.captions} with a caption, in {done.shards} shards\n"
+        f"left out: {done.duplicates} duplicates, {done.rejected} unusable; {done.bad_captions} images were "
+        f"kept without their caption. Reasons: {left_out}\n"
+    )
+    if not done.images:
+        sys.stderr.write("iomm: error: no usable image in the sources.\n")
+        return 1
+    sys.stdout.write(f"train on them with: --set data.images={index}\n")
+    return 0
+
+
+def _index(arguments: argparse.Namespace, limits: "Limits") -> int:
+    from iomm.data.indexer import index_shard, merge_indexes
+    from iomm.data.stores import INDEX_SUFFIX, expand
+
+    shards = expand([_shards_in(path) for path in arguments.shard])
+    failed = 0
+    with _bar("indexing", len(shards)) as update:
+        for n, shard in enumerate(shards):
+
+            def on_progress(done: int, of: int, n: int = n, shard: str = shard) -> None:
+                update(n + done / of, shard)
+
+            try:
+                made = index_shard(
+                    shard,
+                    limits=limits,
+                    processes=arguments.processes,
+                    force=arguments.force,
+                    on_progress=on_progress,
+                )
+            except (ValueError, OSError) as error:
+                sys.stderr.write(f"iomm: error: {error}\n")
+                failed += 1
+                continue
+            what = "indexed" if made.renewed else "the index fits"
+            sys.stdout.write(f"{shard}: {what}, {made.images} images, {made.bad} of them unusable\n")
+    if failed:
+        sys.stderr.write(f"iomm: error: {failed} of {len(shards)} shards could not be indexed.\n")
+        return 1
+    if arguments.output is not None:
+        merge_indexes([shard + INDEX_SUFFIX for shard in shards], arguments.output)
+        sys.stdout.write(f"train on them with: --set data.images={arguments.output}\n")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, limits: "Limits") -> int:
+    from iomm.data.index import Index
+    from iomm.data.indexer import check_shard
+    from iomm.data.stores import INDEX_SUFFIX, expand
+
+    wrong = 0
+    for path in expand([_shards_in(path) for path in arguments.shard]):
+        try:
+            index = Index.open(path if path.endswith(INDEX_SUFFIX) else path + INDEX_SUFFIX)
+        except (ValueError, OSError) as error:
+            sys.stdout.write(f"{path}: {error}\n")
+            wrong += 1
+            continue
+        for k, shard in enumerate(index.paths):
+            problems = check_shard(index, k, processes=arguments.processes, limits=limits)
+            sys.stdout.write("".join(f"{shard}: {problem}\n" for problem in problems) or f"{shard}: ok\n")
+            wrong += bool(problems)
+    return 1 if wrong else 0
+
+
+def _shards_in(path: str) -> str:
+    """A folder stands for the tars in it."""
+    from iomm.data.stores import is_remote
+
+    if is_remote(path):
+        return path if path.endswith((".tar", ".index")) or "*" in path else f"{path.rstrip('/')}/*.tar"
+    return os.path.join(path, "*.tar") if os.path.isdir(path) else path
+
+
+@contextmanager
+def _bar(text: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on the error stream, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task(text, total=total, now="")
+        yield lambda done, now: progress.update(task, completed=done, now=now)

@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from iomm.data.hashing import cache_key
+
+__all__ = ["FeatureCache", "cache_key"]
+
 _log = logging.getLogger(__name__)
-
-
-def cache_key(image_bytes: bytes) -> str:
-    """Content hash of an image file: the first 32 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(image_bytes).hexdigest()[:32]
 
 
 class FeatureCache:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from iomm.data import stores
-from iomm.data.cache import cache_key
 from iomm.data.decode_cpu import CpuDecoder
 from iomm.data.decode_header import MAX_PIXELS, probe
 from iomm.data.errors import BadSample
+from iomm.data.hashing import cache_key
 from iomm.data.shards import caption_text
 from iomm.data.tar_members import SampleRef
 from iomm.data.view import View

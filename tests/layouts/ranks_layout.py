@@ -61,9 +61,7 @@ def recorded() -> Iterator[dict[str, Any]]:
         return values
 
     # The operators draw inside: noise shows as the target z - x of x = 0, the mask as what is left of ones.
-    def flow_noise(
-        x_BLC: Tensor, t_B: Tensor, index_B: Tensor, seed: int, *more: Any, **provider: Any
-    ) -> Any:
+    def flow_noise(x_BLC: Tensor, t_B: Tensor, index_B: Tensor, *more: Any, **provider: Any) -> Any:
         _, z_BLC = noise_operator(torch.zeros_like(x_BLC), t_B, index_B, *more, **provider)
         keep("NOISE", index_B, z_BLC)
         return noise_operator(x_BLC, t_B, index_B, *more, **provider)

@@ -221,10 +221,10 @@ def _join() -> torch.device:
     """Start the default process group; the device this rank computes on."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    # One hardware queue keeps collectives and the products that overlap them in the order of their launch,
+    # which Megatron's tensor and sequence parallelism rely on (and ask for on a CPU too).
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_gpu:
-        # One hardware queue keeps collectives and the products that overlap them in the order of their
-        # launch, which Megatron's tensor and sequence parallelism rely on.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     backend = "nccl" if has_gpu else "gloo"
     if "RANK" in os.environ:

@@ -2,7 +2,7 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup kernels kernels-gate demo test lint smoke bench clean
+.PHONY: help setup kernels kernels-gate demo test test-parallel lint smoke bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iomm.parallel.masters import Piece
+from iomm_kernels.ema_update import ema_update
 
 
 @final
@@ -49,12 +50,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights."""
-        if self._owned:
-            torch.ops.aten._foreach_lerp_.Scalar(
-                list(self.weights.values()),
-                [p.master.detach().view(-1) for p in self._owned],
-                1.0 - self.decay,
-            )
+        weights = [p.master.detach().view(-1) for p in self._owned]
+        ema_update(list(self.weights.values()), weights, self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ and averages areas and does nothing else. They take turns on the same synthetic 
 the machine meets all of them. Time is processor time of all of a contestant's threads.
 """
 
+import importlib
 import importlib.util
 import io
 import json
@@ -174,7 +175,7 @@ def _webdataset(shard: Path, side_px: int) -> Seconds:
     """
     if importlib.util.find_spec("webdataset") is None:
         raise NotHere("needs webdataset: pip install 'iomm[bench]'")
-    import webdataset  # pyright: ignore[reportMissingImports]
+    webdataset = importlib.import_module("webdataset")
 
     def pixels(sample: tuple[Image.Image]) -> Tensor:
         [image] = sample

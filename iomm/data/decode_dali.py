@@ -14,6 +14,7 @@ view's size, which DALI decodes in full. DALI takes some damaged files that the 
 import logging
 import threading
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -96,13 +97,15 @@ class _Pipeline:
 
     def __init__(self, files: int, threads: int, device_id: int | None) -> None:
         """Build it for calls of at most `files` files."""
-        from nvidia.dali import fn, types  # pyright: ignore[reportMissingImports]
-        from nvidia.dali.pipeline import Pipeline  # pyright: ignore[reportMissingImports]
+        # By name, because type checkers do not see what DALI adds to its modules as it is imported.
+        fn, types, pipeline = map(
+            import_module, ("nvidia.dali.fn", "nvidia.dali.types", "nvidia.dali.pipeline")
+        )
 
         self.files = files
         self._device_id = device_id
         # Synchronous and without a queue: the batches ahead are the loader's.
-        self._dali = Pipeline(
+        self._dali = pipeline.Pipeline(
             batch_size=files,
             num_threads=threads,
             device_id=device_id,

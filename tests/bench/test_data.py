@@ -18,6 +18,7 @@ def has_libjpeg_header() -> bool:
     return not subprocess.run(["cc", "-E", "-"], input=source, capture_output=True).returncode
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its shard open
 def test_the_loader_and_the_others_are_measured_in_turns_and_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(data, "SIZES_PX", ((64, 48), (150, 100)))
     monkeypatch.setattr(data, "dali_installed", lambda: False)

@@ -166,7 +166,9 @@ class FlowConfig:
 class DataConfig:
     """WebDataset shards and how they mix."""
 
-    images: tuple[str, ...]  # glob patterns of tar shards; every sample serves as an unlabeled image
+    # Paths or globs of tar shards, or of their indexes (`iomm shard`); also s3://..., gs://... Every sample
+    # of `images` serves as an unlabeled image.
+    images: tuple[str, ...]
     pairs: tuple[str, ...] = ()  # shards of which only the captioned samples serve as text-image pairs
     heldout: tuple[str, ...] = ()  # captioned shards no training step sees; for evaluation
     mix_ratio: float = 1.0  # lambda: share of image-only samples; 1 = images only, 0 = pairs only

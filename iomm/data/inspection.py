@@ -130,9 +130,15 @@ def _caption_of(item: Item, limits: Limits) -> str | None:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the caption is no JSON: {error}") from error
-    value = record.get(item.caption_field) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise BadSample("the caption's JSON is no object")
+    value = record.get(item.caption_field)
+    if value is None:
+        return None  # JSON of other things
     if not isinstance(value, str):
-        raise BadSample(f"the caption's JSON has no text in a field {item.caption_field!r}")
+        raise BadSample(
+            f"the caption's JSON has no text in {item.caption_field!r}, but {type(value).__name__}"
+        )
     return caption_text(value.encode("utf-8", "surrogatepass"))
 
 

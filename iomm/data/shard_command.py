@@ -83,7 +83,7 @@ def _make(arguments: argparse.Namespace, limits: "Limits") -> int:
         f"kept without their caption. Reasons: {left_out}\n"
     )
     if not done.images:
-        sys.stderr.write("iomm: error: no usable image in the sources.\n")
+        sys.stderr.write(f"iomm: error: no usable image in the sources. {left_out} says why.\n")
         return 1
     sys.stdout.write(f"train on them with: --set data.images={index}\n")
     return 0

@@ -19,6 +19,7 @@ from iomm.data.tar_members import CAPTION_SUFFIX, IMAGE_SUFFIXES, Member, member
 
 PYARROW = "pip install 'iomm[parquet]'"
 _JSON_SUFFIX = "json"
+_ARCHIVES = ("tar", "parquet")
 _ROWS = 64  # of Parquet read at once
 
 
@@ -70,6 +71,8 @@ class FolderSource:
                 if name in captions:
                     if name.rpartition(".")[0] not in stems:
                         yield Rejected(path, "a caption, but no image has its name")
+                elif _suffix(name) in _ARCHIVES:
+                    yield Rejected(path, "not looked into: name it as a source of its own")
                 elif not os.path.isfile(path):
                     yield Rejected(path, "not a plain file, or a link that leads nowhere")
                 else:

@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -107,6 +109,54 @@ def test_a_make_that_was_stopped_goes_on_and_writes_the_same_shards(photos, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert quarantine(tmp_path / "out") == quarantine(tmp_path / "whole")
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from iomm.data.shard_writer import MakeOptions, make_shards
+from iomm.data.sources import FolderSource
+
+def kill(now):
+    if now.images == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+make_shards([FolderSource(sys.argv[1])], Path(sys.argv[2]), MakeOptions(shard_images=2), on_progress=kill)
+"""
+
+
+@pytest.mark.multi
+def test_a_make_that_was_killed_outright_goes_on_behind_its_last_whole_shard(photos, tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(photos), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -9
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar*")) == [
+        "shard-000000.tar",
+        "shard-000000.tar.index",
+        "shard-000001.tar",
+        "shard-000001.tar.index",
+        "shard-000002.tar.part",
+    ]
+    make_shards([FolderSource(str(photos))], tmp_path / "whole", SMALL)
+    make_shards([FolderSource(str(photos))], tmp_path / "out", SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert quarantine(tmp_path / "out") == quarantine(tmp_path / "whole")
+
+
+def test_json_that_holds_no_caption_is_no_bad_caption(tmp_path, png):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n, text in enumerate(('{"width": 8}', '{"caption": 3}', "[1]", "{")):
+        (folder / f"{n}.png").write_bytes(png(n))
+        (folder / f"{n}.json").write_text(text)
+    (folder / "old.tar").write_bytes(b"")
+    make_shards([FolderSource(str(folder))], tmp_path / "out")
+    reasons = quarantine(tmp_path / "out")
+    assert set(reasons) == {"1.png", "2.png", "3.png", "old.tar"}
+    assert reasons["1.png"].endswith("the caption's JSON has no text in 'caption', but int")
+    assert reasons["old.tar"] == "not looked into: name it as a source of its own"
+    assert set(opened(tmp_path / "out")) == set("0123")
 
 
 def test_a_finished_make_has_nothing_left_to_do(photos, tmp_path):
@@ -274,7 +324,7 @@ def test_a_damaged_parquet_file_is_rejected_with_its_reason(tmp_path):
 
 
 def test_parquet_without_pyarrow_is_an_error_that_names_the_install_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow\. Install it: pip install"):
         list(ParquetSource("x.parquet").items())
 

@@ -60,10 +60,6 @@ _MAX_REASON = 500  # characters
 Records = NDArray[np.void]
 
 
-class StaleIndex(ValueError):
-    """A shard is not the one that was indexed."""
-
-
 @dataclass(frozen=True)
 class ShardIndex:
     """The index of one shard, in memory."""
@@ -79,7 +75,7 @@ class ShardIndex:
         """From samples whose content hash is known, in the order of the shard.
 
         Raises:
-            ValueError: a member of 4 GiB or more.
+            ValueError: a member of 4 GiB or more, or a key of 64 KiB or more.
         """
         records_N = np.zeros(len(samples), RECORD)
         text = bytearray()
@@ -90,6 +86,10 @@ class ShardIndex:
                     f"{name}: a member of sample {sample.key!r} has 4 GiB or more. Leave it out."
                 )
             key = sample.key.encode("utf-8", "surrogateescape")
+            if len(key) >= 1 << 16:
+                raise ValueError(
+                    f"{name}: key {sample.key[:80]!r}... has {len(key)} bytes, the limit is 65535."
+                )
             reason = (sample.reason or "")[:_MAX_REASON].encode("utf-8", "replace")
             width, height = sample.size_px or (0, 0)
             row = records_N[i]
@@ -271,40 +271,6 @@ class Index:
             return f"iomm shard index {self.paths[0]}"
         folders = dict.fromkeys(stores.folder_of(path) or "." for path in self.paths)
         return f"iomm shard index {' '.join(folders)} -o {self.path}"
-
-
-def refuse_stale(indexes: Sequence[Index]) -> None:
-    """Compare every indexed shard with the file that lies there now.
-
-    Raises:
-        FileNotFoundError: a shard is not there.
-        StaleIndex: a shard's size, or its time where it is a local file, is not the one indexed.
-    """
-    now = stores.stamps([path for index in indexes for path in index.paths])
-    for index in indexes:
-        for path, shard in zip(index.paths, index.shards, strict=True):
-            if path not in now:
-                raise FileNotFoundError(
-                    f"{path}: no such shard, but {index.path} lists it. Put it back, or renew the index: "
-                    f"{index.renewal()}"
-                )
-            if is_stale(shard.stamp, now[path]):
-                raise StaleIndex(
-                    f"{path}: its index {index.path} is stale: made for {_describe(shard.stamp)}, the shard "
-                    f"has {_describe(now[path])}. Renew it: {index.renewal()}"
-                )
-
-
-def is_stale(indexed: Stamp, found: Stamp) -> bool:
-    """Whether a shard is another file than the one indexed. Where one of the two lies in a store, only sizes
-    tell: an upload has a time of its own."""
-    timed = indexed.mtime_ns and found.mtime_ns
-    return indexed.size_bytes != found.size_bytes or bool(timed and indexed.mtime_ns != found.mtime_ns)
-
-
-def _describe(stamp: Stamp) -> str:
-    when = f" of time {stamp.mtime_ns} ns" if stamp.mtime_ns else ""
-    return f"{stamp.size_bytes} bytes{when}"
 
 
 def _read_footer(path: str, local: str) -> tuple[bytes, list[IndexedShard]]:

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from iomm.data import stores
-from iomm.data.index import Index, ShardIndex, is_stale, write_index
+from iomm.data.index import Index, ShardIndex, write_index
 from iomm.data.inspection import Inspected, Item, Limits, Place, inspect_all
+from iomm.data.staleness import is_stale
 from iomm.data.stores import INDEX_SUFFIX
 from iomm.data.tar_members import SampleRef, scan
 
@@ -17,7 +20,7 @@ class Indexed:
     """What indexing one shard came to."""
 
     images: int
-    bad: int  # of them, images that do not decode
+    bad: Sequence[SampleRef]  # of them, those that do not decode, with reasons
     renewed: bool  # False: the index was there and fits the shard
 
 
@@ -46,7 +49,8 @@ def index_shard(
     path, stamp = shard + INDEX_SUFFIX, stores.stamp(shard)
     old = None if force else _open_old(path)
     if old is not None and not is_stale(old.shards[0].stamp, stamp):
-        return Indexed(old.shards[0].images, _bad_count(old.shard(0)), False)
+        bad_numbers = np.flatnonzero(old.shard(0).records_N["reason_bytes"])
+        return Indexed(old.shards[0].images, [old.sample(0, int(j)) for j in bad_numbers], False)
     samples = scan(shard)
     known = {} if old is None else _known(old)
     items = [_item(sample, known.get((sample.key, sample.image_size))) for sample in samples]
@@ -69,7 +73,7 @@ def index_shard(
     if stores.stamp(shard) != stamp:
         raise ValueError(f"{shard} changed while it was indexed. Wait until it is whole, and index it again.")
     write_index(path, [ShardIndex.build(shard.rpartition("/")[2], stamp, found)])
-    return Indexed(len(found), sum(sample.reason is not None for sample in found), True)
+    return Indexed(len(found), [sample for sample in found if sample.reason is not None], True)
 
 
 def _item(sample: SampleRef, known: SampleRef | None) -> Item:
@@ -92,10 +96,6 @@ def _open_old(path: str) -> Index | None:
 def _known(old: Index) -> dict[tuple[str, int], SampleRef]:
     samples = (old.sample(0, j) for j in range(old.shards[0].images))
     return {(sample.key, sample.image_size): sample for sample in samples}
-
-
-def _bad_count(shard: ShardIndex) -> int:
-    return int((shard.records_N["reason_bytes"] > 0).sum())
 
 
 def merge_indexes(paths: Sequence[str], output: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from iomm.data.inspection import Limits
 
+_SHOWN = 20  # unusable images of a shard
 DESCRIPTION = "pack images into shards, index shards, check them"
 
 
@@ -114,7 +115,11 @@ def _index(arguments: argparse.Namespace, limits: "Limits") -> int:
                 failed += 1
                 continue
             what = "indexed" if made.renewed else "the index fits"
-            sys.stdout.write(f"{shard}: {what}, {made.images} images, {made.bad} of them unusable\n")
+            sys.stdout.write(f"{shard}: {what}, {made.images} images, {len(made.bad)} of them unusable\n")
+            for sample in made.bad[:_SHOWN]:
+                sys.stdout.write(f"  sample {sample.key!r}: {sample.reason}\n")
+            if len(made.bad) > _SHOWN:
+                sys.stdout.write(f"  and {len(made.bad) - _SHOWN} more\n")
     if failed:
         sys.stderr.write(f"iomm: error: {failed} of {len(shards)} shards could not be indexed.\n")
         return 1

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from iomm.data import stores
 from iomm.data.errors import BadSample
 from iomm.data.hashing import cache_key
-from iomm.data.index import Index, refuse_stale
+from iomm.data.index import Index
+from iomm.data.staleness import refuse_stale
 from iomm.data.stores import INDEX_SUFFIX, Reader
 from iomm.data.tar_members import CAPTION_SUFFIX, IMAGE_SUFFIXES, SampleRef, scan
 

@@ -13,10 +13,11 @@ from iomm.data import index as index_module
 from iomm.data import shards as shards_module
 from iomm.data.cache import cache_key
 from iomm.data.errors import BadSample
-from iomm.data.index import Index, ShardIndex, StaleIndex, write_index
-from iomm.data.indexer import check_shard, index_shard, merge_indexes
+from iomm.data.index import Index, ShardIndex, write_index
+from iomm.data.indexer import Indexed, check_shard, index_shard, merge_indexes
 from iomm.data.loader import Loader
 from iomm.data.shards import ShardSet
+from iomm.data.staleness import StaleIndex
 from iomm.data.stores import Stamp
 from iomm.data.tar_members import SampleRef
 from tests.data.conftest import KEYS, encode, noise_image
@@ -65,7 +66,7 @@ def test_the_index_knows_size_hash_and_verdict_of_each_image(write_shard, png):
     members = [("a.png", png(1)), ("b.jpg", encode(sideways, "JPEG", exif=exif)), ("c.png", png(2)[:60])]
     path = write_shard("one.tar", [*members, ("d.png", b"<html>")])
     made = index_shard(path)
-    assert (made.images, made.bad, made.renewed) == (4, 2, True)
+    assert (made.images, [sample.key for sample in made.bad], made.renewed) == (4, ["c", "d"], True)
     shards = ShardSet.open([path])
     assert [shards.size_px(i) for i in range(4)] == [(8, 8), (4, 6), (8, 8), None]
     assert shards.content_hash(1) == cache_key(members[1][1])
@@ -141,7 +142,7 @@ def test_a_stale_index_is_renewed_without_decoding_images_that_did_not_change(in
 
 def test_an_index_that_fits_is_left_alone_unless_forced(indexed):
     before = os.stat(indexed + ".index").st_ino
-    assert not index_shard(indexed).renewed
+    assert index_shard(indexed) == Indexed(len(KEYS), [], False)
     assert os.stat(indexed + ".index").st_ino == before
     assert index_shard(indexed, force=True).renewed
 
@@ -266,3 +267,9 @@ def test_the_footer_is_json_that_describes_the_shards(indexed):
     footer = data[-16 - length : -16]
     assert zlib.crc32(footer) == crc
     assert json.loads(footer)["shards"][0]["images"] == len(KEYS)
+
+
+def test_a_key_that_no_index_can_hold_is_an_error_that_names_it():
+    sample = SampleRef("s", "k" * 70_000, 512, 9, None, None, "ab" * 16)
+    with pytest.raises(ValueError, match=r"s\.tar: key 'kkk.*70000 bytes, the limit is 65535"):
+        ShardIndex.build("s.tar", Stamp(1, 1), [sample])

@@ -50,6 +50,7 @@ def test_index_takes_a_folder_and_merges(shard, damaged, tmp_path, capsys):
     assert main(["shard", "index", str(Path(shard).parent), "-o", out, *ONE]) == 0
     printed = capsys.readouterr().out
     assert f"{damaged}: indexed, 7 images, 3 of them unusable" in printed
+    assert "  sample 'e': the file is empty\n" in printed
     assert f"{shard}: indexed, 7 images, 0 of them unusable" in printed
     assert len(ShardSet.open([out])) == 14
     assert main(["shard", "index", shard, *ONE]) == 0

@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = what.add_parser("check", help=text, description=text)
     check.add_argument("shard", nargs="+", help="tars, folders of them, or indexes")
 
+    cores = len(os.sched_getaffinity(0))
     for sub in (make, index, check):
-        sub.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: all cores)")
+        sub.add_argument("--processes", type=int, default=cores, help=f"(default: all cores, {cores})")
         sub.add_argument("--max-pixels", type=int, help="of an image (default 1e8)")
         sub.add_argument("--max-image-bytes", type=int, default=100_000_000, help="(default 1e8)")
 

@@ -1,5 +1,6 @@
 """What is watched while a run trains: held-out losses, sample grids, the copying alarm."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import Config, DataConfig
+from iomm.data.errors import BadSample
 from iomm.data.loader import Batch, Loader
 from iomm.data.shards import ShardSet
 from iomm.encoders import Encoded, Encoders
@@ -25,13 +27,16 @@ def spaced(n: int, total: int) -> list[int]:
 
 
 def example_prompts(data: DataConfig, n: int) -> tuple[list[str], list[str]]:
-    """Up to n captions of training pairs and up to n held-out captions, spread over the shards."""
+    """Up to n captions of training pairs and up to n held-out captions, spread over the shards; unreadable ones
+    are left out, as in training."""
     found: list[list[str]] = []
     for patterns in (data.pairs, data.heldout):
         captions: list[str] = []
         if patterns:
             shards = ShardSet.open(patterns, captioned_only=True)
-            captions = [caption for i in spaced(n, len(shards)) if (caption := shards.caption(i)) is not None]
+            for i in spaced(n, len(shards)):
+                with contextlib.suppress(BadSample):  # reported where a step or an evaluation meets it
+                    captions += [caption for caption in [shards.caption(i)] if caption is not None]
         found.append(captions)
     return found[0], found[1]
 

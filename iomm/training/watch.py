@@ -27,8 +27,8 @@ def spaced(n: int, total: int) -> list[int]:
 
 
 def example_prompts(data: DataConfig, n: int) -> tuple[list[str], list[str]]:
-    """Up to n captions of training pairs and up to n held-out captions, spread over the shards; unreadable ones
-    are left out, as in training."""
+    """Up to n captions of training pairs and up to n held-out captions, spread over the shards; unreadable
+    ones are left out, as in training."""
     found: list[list[str]] = []
     for patterns in (data.pairs, data.heldout):
         captions: list[str] = []

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.conditioning.conditioner import Conditioner
-from iomm.conditioning.mllm import FrozenMllm, Prefix
+from iomm.conditioning.mllm import FrozenMllm
+from iomm.conditioning.prefix import Prefix
 from iomm.config import Config
 from iomm.encoders import Encoded, Encoders, Shapes
 from iomm.flow.path import Prediction, grid_positions, to_velocity
@@ -290,7 +291,7 @@ def count_condition_flops(conditioner: Conditioner, encoders: Encoders) -> Condi
     in_adapter = in_queries = 0
     adapter = conditioner.adapter
     if adapter is not None:
-        in_adapter, queries = count(lambda: adapter(prefix.c_BPD, prefix.attend_BP))
+        in_adapter, queries = count(lambda: adapter(*prefix.read))
         in_queries, _ = count(lambda: mllm.run_queries(queries, encoded))
     states, attend = conditioner.states(mllm, prefix), conditioner.attend(prefix)
     in_connector, _ = count(lambda: conditioner.connector(states, attend))

@@ -10,7 +10,7 @@ from iomm.encoders import Encoders, Shapes
 from iomm.flow.path import grid_positions
 from iomm.model.init import initialize
 from iomm.parallel.mesh import Mesh
-from iomm.system import System, build, paint, training_loss
+from iomm.system import System, build, count_condition_flops, paint, training_loss
 from tests.small_run import IMAGE_PX, small_config
 from tests.tiny_models import MLLMS, save_dc_ae, save_flux2_vae, save_vae
 
@@ -69,6 +69,32 @@ def test_every_mllm_trains_and_paints_with_every_codec(
     assert pictures.shape == (1, 3, IMAGE_PX, IMAGE_PX)
 
 
+@pytest.mark.parametrize("tokens", ["queries", "all"])
+@pytest.mark.parametrize("mllm", MLLMS)
+def test_dropping_masked_tokens_trains_as_hiding_them_does(
+    world, frozen, tmp_path, mesh: Mesh, mllm: str, tokens: str
+):
+    found = {}
+    for mode in ("hide", "drop"):
+        settings = {"condition__mask_mode": mode, "condition__condition_tokens": tokens}
+        config = config_of(world, frozen, tmp_path, mllm, "flux", train__precision="fp64", **settings)
+        encoders = Encoders(config, torch.device("cpu"))
+        system = build(config, encoders.shapes, mesh)
+        torch.manual_seed(1)
+        for parameter in system.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)  # leaves the zero gates of the start
+        loss_B = training_loss(system, encoders, encoders.encode(batch()))
+        loss_B.sum().backward()
+        found[mode] = loss_B.detach(), dict(system.named_parameters())
+    torch.testing.assert_close(found["hide"][0], found["drop"][0], rtol=0, atol=1e-10)
+    for name, parameter in found["hide"][1].items():
+        gradient = found["drop"][1][name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-10, msg=name)
+        if name.startswith("conditioner.adapter") and "key.bias" not in name:
+            assert gradient.abs().max() > 1e-8, name
+    assert int(encoders.prefixes.dropped) == 0
+
+
 @pytest.mark.parametrize("mllm", MLLMS)
 def test_cached_patch_tokens_keep_their_deepstack_features(world, frozen, tmp_path, mllm: str):
     plain = Encoders(config_of(world, frozen, tmp_path, mllm, "flux"), torch.device("cpu")).encode(batch())
@@ -93,3 +119,18 @@ def test_weights_with_pooled_text_and_guidance_inputs_are_fed_constants(mesh: Me
     expected = system.generator(x, t, c, grid_positions(2, 2), **fed)
     assert expected.abs().max() > 0
     assert torch.equal(system.velocity(x, t, (c, None)), expected)
+
+
+@pytest.mark.parametrize("mllm", MLLMS)
+def test_the_condition_costs_the_same_flops_hidden_and_dropped_when_every_token_is_kept(
+    world, frozen, tmp_path, mesh: Mesh, mllm: str
+):
+    found = {}
+    for mode in ("hide", "drop"):
+        config = config_of(world, frozen, tmp_path, mllm, "flux", condition__mask_mode=mode)
+        encoders = Encoders(config, torch.device("cpu"))
+        conditioner = build(config, encoders.shapes, mesh).conditioner
+        assert conditioner is not None
+        found[mode] = count_condition_flops(conditioner, encoders)
+    assert found["drop"] == found["hide"]
+    assert min(found["drop"].prefix, found["drop"].adapter, found["drop"].queries) > 0

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from iomm.conditioning.conditioner import Conditioner
-from iomm.conditioning.mllm import FrozenMllm, Prefix, open_mllm
+from iomm.conditioning.mllm import FrozenMllm, open_mllm
+from iomm.conditioning.prefix import PaddedPrefix, Prefix
 from iomm.conditioning.random_mllm import save_random_internvl
 from iomm.config import ConditionConfig, ConnectorConfig, MllmConfig
 
@@ -48,14 +49,14 @@ def random_mllm(width: int, layers: int) -> FrozenMllm:
         return open_mllm(MllmConfig(path=folder), torch.float32, device)
 
 
-def random_prefix(mllm: FrozenMllm, batch: int) -> Prefix:
+def random_prefix(mllm: FrozenMllm, batch: int) -> PaddedPrefix:
     """Rows of text and patches that all count."""
     rows = TEXT_TOKENS + PATCH_TOKENS
     torch.manual_seed(0)
     c_BPD = torch.randn(batch, rows, mllm.width, device=mllm.device)
     position_BPA = torch.arange(rows, device=mllm.device)[:, None].expand(batch, -1, -1)
     attend_BP = torch.ones(batch, rows, dtype=torch.bool, device=mllm.device)
-    return Prefix(c_BPD, attend_BP, position_BPA, attend_BP.sum(1))
+    return PaddedPrefix(c_BPD, attend_BP, position_BPA, attend_BP.sum(1))
 
 
 def training_pass(mllm: FrozenMllm, prefix: Callable[[], Prefix], split: bool = True) -> Callable[[], None]:

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from iomm.conditioning.adapter import ResidualQueryAdapter
 from iomm.conditioning.connector import Connector
-from iomm.conditioning.mllm import FrozenMllm, Prefix
+from iomm.conditioning.mllm import FrozenMllm
+from iomm.conditioning.prefix import Prefix
 from iomm.config import ConditionConfig
 
 
@@ -52,7 +53,7 @@ class Conditioner(nn.Module):
         queries_only = self.config.condition_tokens == "queries"
         if self.adapter is None:
             return mllm.encode_prefix(prefix).states_BPD
-        q_BQD = self.adapter(prefix.c_BPD, prefix.attend_BP)
+        q_BQD = self.adapter(*prefix.read)
         if not self.config.prefix_split:
             states_BSD = mllm.full(q_BQD, prefix)
             return states_BSD[:, -q_BQD.shape[1] :] if queries_only else states_BSD

@@ -15,7 +15,6 @@ patch token with its S deepstack features, A rotary axes.
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from iomm.conditioning import ragged
+from iomm.conditioning.prefix import EncodedPrefix, PackedPrefix, PaddedPrefix, Prefix
+from iomm.conditioning.ragged import position_ids
 from iomm.conditioning.vision import InternVLVision, QwenVision, Vision
 from iomm.config import MllmConfig
 
@@ -33,35 +35,6 @@ VISION: dict[str, Callable[[Any, int | None, Mapping[str, Any]], Vision]] = {
     "qwen3_vl": QwenVision,
 }
 EXAMPLE = "OpenGVLab/InternVL3-2B-hf"
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Input embeddings before the queries. Rows may have gaps: only positions with `attend_BP` are ever
-    attended to."""
-
-    c_BPD: Tensor
-    attend_BP: Tensor  # bool, True where a position counts
-    position_BPA: Tensor  # rotary position of each token
-    length_B: Tensor  # where the queries' positions begin
-    deepstack_BPF: Tensor | None = (
-        None  # F = S D: added behind the first S layers; 0 at text; None: nothing is
-    )
-
-    def query_positions(self, queries: int) -> Tensor:
-        """(B, Q, A): one after the other, the same on all axes."""
-        position_BQ = self.length_B[:, None] + torch.arange(queries, device=self.length_B.device)
-        return position_BQ[..., None].expand(-1, -1, self.position_BPA.shape[-1])
-
-
-@dataclass(frozen=True)
-class EncodedPrefix:
-    """What the query rows need of a prefix that has run: its keys and values, and its output states (no
-    gradients)."""
-
-    prefix: Prefix
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # a layer: (B, heads, P, K) each
-    states_BPD: Tensor
 
 
 class FrozenMllm:
@@ -146,13 +119,15 @@ class FrozenMllm:
     @torch.no_grad()
     def encode_prefix(self, prefix: Prefix) -> EncodedPrefix:
         """Run the prefix alone."""
+        if isinstance(prefix, PackedPrefix):
+            return ragged.encode_prefix(self.lm, prefix)
         from transformers import DynamicCache
 
         cache: Any = DynamicCache(config=self.lm.config)
         out = self.lm(
             inputs_embeds=prefix.c_BPD,
             attention_mask=prefix.attend_BP.long(),
-            position_ids=_position_ids(prefix.position_BPA),
+            position_ids=position_ids(prefix.position_BPA),
             past_key_values=cache,
             use_cache=True,
             **self._deepstack(prefix, 0),
@@ -164,16 +139,18 @@ class FrozenMllm:
     def run_queries(self, q_BQD: Tensor, encoded: EncodedPrefix) -> Tensor:
         """Output states (B, Q, D) of the query rows against the prefix's keys and values, with gradients to
         `q_BQD`."""
+        prefix, queries, q_BQD = encoded.prefix, q_BQD.shape[1], q_BQD.to(self.dtype)
+        if isinstance(prefix, PackedPrefix):
+            return ragged.run_queries(self.lm, q_BQD, prefix, encoded.keys_values)
         from transformers import DynamicCache
 
-        prefix, queries = encoded.prefix, q_BQD.shape[1]
         cache = DynamicCache(config=self.lm.config)
         for layer, (keys, values) in enumerate(encoded.keys_values):
             cache.update(keys, values, layer)
         return self.lm(
-            inputs_embeds=q_BQD.to(self.dtype),
+            inputs_embeds=q_BQD,
             attention_mask=functional.pad(prefix.attend_BP, (0, queries), value=True).long(),
-            position_ids=_position_ids(prefix.query_positions(queries)),
+            position_ids=position_ids(prefix.query_positions(queries)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -181,16 +158,17 @@ class FrozenMllm:
     def full(self, q_BQD: Tensor, prefix: Prefix) -> Tensor:
         """The naive pass over [prefix | queries] with gradients: states (B, P + Q, D)."""
         queries = q_BQD.shape[1]
+        prefix = prefix.padded() if isinstance(prefix, PackedPrefix) else prefix
         position_BPA = torch.cat((prefix.position_BPA, prefix.query_positions(queries)), dim=1)
         return self.lm(
             inputs_embeds=torch.cat((prefix.c_BPD, q_BQD.to(self.dtype)), dim=1),
             attention_mask=functional.pad(prefix.attend_BP, (0, queries), value=True).long(),
-            position_ids=_position_ids(position_BPA),
+            position_ids=position_ids(position_BPA),
             use_cache=False,
             **self._deepstack(prefix, queries),
         ).last_hidden_state
 
-    def _deepstack(self, prefix: Prefix, queries: int) -> dict[str, Any]:
+    def _deepstack(self, prefix: PaddedPrefix, queries: int) -> dict[str, Any]:
         """Arguments that add the deepstack features to the prefix rows. Every prefix row is named, text rows
         with zeros, so that the shapes do not depend on the data."""
         if prefix.deepstack_BPF is None:
@@ -258,8 +236,3 @@ def _missing(config: MllmConfig, what: str) -> FileNotFoundError:
         f"no MLLM at {config.path}: {what}. Download one where there is a network "
         f"(`hf download {name} --local-dir {folder}`) and set mllm.path={folder}."
     )
-
-
-def _position_ids(position_BPA: Tensor) -> Tensor:
-    """As transformers wants them: (B, P) for one axis, (3, B, P) for three."""
-    return position_BPA[..., 0] if position_BPA.shape[-1] == 1 else position_BPA.permute(2, 0, 1)

@@ -5,8 +5,10 @@ section 2).
     text sample    [ caption ]                                     null: [ null prompt ]
 
 Rows of a batch share one layout, [ text slots | patch slots ]; slots that a row does not use are simply not
-attended to. B samples, A text slots, N patch slots, P = A + N, D channels, F numbers of a patch token (D,
-and its deepstack features behind them where the MLLM has any: both are masked in one stroke).
+attended to. Mask mode `drop` packs the slots that count into one sequence.
+
+B samples, A text slots, N patch slots, P = A + N, D channels, F numbers of a patch token (D, and its
+deepstack features behind them where the MLLM has any: both are masked in one stroke).
 """
 
 from collections.abc import Sequence
@@ -16,17 +18,26 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from iomm.conditioning.mask import null_samples, pack_attended
-from iomm.conditioning.mllm import FrozenMllm, Prefix
+from iomm.conditioning.mask import null_samples
+from iomm.conditioning.mllm import FrozenMllm
+from iomm.conditioning.prefix import PackedPrefix, PaddedPrefix, Prefix
 from iomm.config import ConditionConfig
 from iomm_kernels.mask_tokens import keep_tokens, mask_tokens
+from iomm_kernels.pack_tokens import pack_tokens, packed_capacity
+
+ROWS = 64  # packed prefixes have a multiple of so many rows on a GPU
 
 
 class PrefixBuilder:
-    """Builds prefixes for one MLLM and one set of condition settings."""
+    """Builds prefixes for one MLLM and one set of condition settings.
+
+    `dropped` counts, on the MLLM's device, the tokens of all its packed prefixes that found no row (mask mode
+    `drop`, whose sequence is as long as one batch in 10^9 exceeds); nobody attends to them.
+    """
 
     def __init__(self, mllm: FrozenMllm, config: ConditionConfig, kernels: str = "auto") -> None:
         self.mllm, self.config, self.kernels = mllm, config, kernels
+        self.dropped = torch.zeros((), dtype=torch.int64, device=mllm.device)
         for name in ("aux_prompt", "null_prompt"):
             try:
                 mllm.tokenize(getattr(config, name))
@@ -51,11 +62,16 @@ class PrefixBuilder:
         image_B = torch.tensor([caption is None for caption in captions])
         if patches_BNF is None or not bool(image_B.any()):
             return self.for_text(texts)
+        images = int((image_B & ~null_B.cpu()).sum())
         index_B, null_B = index_B.to(patches_BNF.device), null_B.to(patches_BNF.device)
         draw = (seed, config.mask_ratio, null_B, self.kernels)
         if config.mask_mode == "zero":
             return self._build(texts, mask_tokens(patches_BNF, index_B, *draw), image_B, None)
-        return self._build(texts, patches_BNF, image_B, keep_tokens(index_B, self.mllm.image_tokens, *draw))
+        keep_BN = keep_tokens(index_B, self.mllm.image_tokens, *draw)
+        # Nothing waits for a GPU to count what the mask has kept; on a CPU counting is free and saves rows.
+        on_cpu = keep_BN.device.type == "cpu"
+        bound = None if on_cpu else (images * self.mllm.image_tokens, config.mask_ratio)
+        return self._build(texts, patches_BNF, image_B, keep_BN, bound)
 
     def for_text(self, prompts: Sequence[str]) -> Prefix:
         """Prefix of generation from prompts."""
@@ -76,30 +92,37 @@ class PrefixBuilder:
         patches_BNF: Tensor | None,
         image_B: Tensor | None,
         shown_BN: Tensor | None,
+        bound: tuple[int, float] | None = None,
     ) -> Prefix:
         """Rows [ text | patches ]; `image_B` says which rows have patches, `shown_BN` which of those may be
-        attended to (None: all)."""
+        attended to (None: all). `bound`, for mode `drop`: the number of patch tokens and the mask ratio that
+        left `shown_BN` of them; None: they are counted, which waits for the device."""
         device = self.mllm.device
         ids = [torch.tensor(self.mllm.tokenize(text)) for text in texts]
         count_B = torch.tensor([len(i) for i in ids], device=device)
         ids_BA = pad_sequence(ids, batch_first=True, padding_value=0).to(device)
-        c = self.mllm.embed(ids_BA)
-        slot_A = torch.arange(ids_BA.shape[1], device=device)
-        attend, deepstack, text_slots = slot_A < count_B[:, None], None, len(slot_A)
+        c_BAD = self.mllm.embed(ids_BA)
+        text_slots, width = c_BAD.shape[1:]
         if patches_BNF is None or image_B is None:
-            position, length_B = self.mllm.positions(text_slots, count_B, None)
+            image_B, bound, patches_BNF = None, (0, 0.0), c_BAD.new_empty(len(ids), 0, width)
+            shown_BN = torch.empty(len(ids), 0, dtype=torch.bool, device=device)
         else:
-            image_B, patches_BNF = image_B.to(device), patches_BNF.to(device, c.dtype)
+            image_B, patches_BNF = image_B.to(device), patches_BNF.to(device, c_BAD.dtype)
             image_BN = image_B[:, None].expand(patches_BNF.shape[:2])
             shown_BN = image_BN if shown_BN is None else shown_BN.to(device) & image_BN
-            width = c.shape[-1]
-            if patches_BNF.shape[-1] > width:
-                deepstack = functional.pad(patches_BNF[..., width:], (0, 0, text_slots, 0))
-            c = torch.cat((c, patches_BNF[..., :width]), dim=1)
-            attend = torch.cat((attend, shown_BN), dim=1)
-            position, length_B = self.mllm.positions(text_slots, count_B, image_B)
+        position_BPA, length_B = self.mllm.positions(text_slots, count_B, image_B)
         if self.config.mask_mode == "drop":
-            extra = () if deepstack is None else (deepstack,)
-            attend, c, position, *packed = pack_attended(attend, c, position, *extra)
-            deepstack = packed[0] if packed else None
-        return Prefix(c, attend, position, length_B, deepstack)
+            patches, ratio = bound or (int(shown_BN.sum()), 0.0)
+            multiple = 1 if device.type == "cpu" else ROWS
+            capacity = packed_capacity(sum(map(len, ids)), patches, ratio, multiple=multiple)
+            text_BAF = functional.pad(c_BAD, (0, patches_BNF.shape[-1] - width))
+            packed = pack_tokens(text_BAF, count_B, patches_BNF, shown_BN, capacity, self.kernels)
+            self.dropped += packed.dropped
+            return PackedPrefix(packed, position_BPA, length_B, width)
+        attend_BA = torch.arange(text_slots, device=device) < count_B[:, None]
+        deepstack_BPF = None
+        if patches_BNF.shape[-1] > width:
+            deepstack_BPF = functional.pad(patches_BNF[..., width:], (0, 0, text_slots, 0))
+        c_BPD = torch.cat((c_BAD, patches_BNF[..., :width]), dim=1)
+        attend_BP = torch.cat((attend_BA, shown_BN), dim=1)
+        return PaddedPrefix(c_BPD, attend_BP, position_BPA, length_B, deepstack_BPF)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iomm.conditioning.mask import keep_tokens
-from iomm.conditioning.mllm import Prefix
+from iomm.conditioning.prefix import Prefix
 from iomm.encoders import Encoded, Encoders
 from iomm.flow.loss import velocity_loss
 from iomm.flow.path import interpolate, velocity_target

@@ -4,8 +4,8 @@ memory-bound operators move.
 A multiply-add counts two. Backward passes count what the derivative needs: twice the forward pass where
 weights and inputs get gradients, once where only the inputs do (the frozen LM's query rows). What attention
 computes again in its backward pass is left to its efficiency. Recomputed activations are items of their own,
-which do not count as useful work. B images of a micro-batch only matter for mask mode `drop`, whose rows are
-padded to the longest of the batch.
+which do not count as useful work. B images of a micro-batch only matter for mask mode `drop`, whose packed
+prefix has room for what almost every batch keeps.
 """
 
 from collections.abc import Callable

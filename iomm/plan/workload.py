@@ -4,12 +4,12 @@ L latent tokens of the image, N patch tokens of the MLLM, P prefix positions, Q 
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 
 from iomm.config import Config
 from iomm.plan.shapes import CodecShape, MllmShape, codec_shape, latent_tokens, mllm_shape
+from iomm_kernels.pack_tokens import packed_capacity
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 CACHEABLE = ("vae", "vit")
@@ -63,18 +63,19 @@ class Workload:
         return self.config.condition.queries
 
     def prefix_tokens(self, micro_batch: int) -> float:
-        """P of a micro-batch. Mode `drop` pads every row to the longest one, of which this is the mean."""
+        """Rows that the prefix takes, a sample of a micro-batch. Mode `drop` packs them."""
         condition = self.config.condition
         if condition.mask_mode != "drop":
             return self.prompt_tokens + self.patch_tokens
-        keep, null = 1 - condition.mask_ratio, condition.null_probability
-        return self.prompt_tokens + expected_longest(self.patch_tokens, keep, null, micro_batch)
+        images = round(micro_batch * (1 - condition.null_probability))
+        tokens = self.prompt_tokens * micro_batch, self.patch_tokens * images
+        return packed_capacity(*tokens, condition.mask_ratio) / micro_batch
 
     def condition_tokens(self, micro_batch: int) -> float:
         """T."""
         if self.config.condition.condition_tokens == "queries":
             return self.queries
-        return self.prefix_tokens(micro_batch) + self.queries
+        return self.prompt_tokens + self.patch_tokens + self.queries
 
 
 def workload(config: Config, *, fused: bool = True, cached: frozenset[str] | None = None) -> Workload:
@@ -103,13 +104,3 @@ def varied(work: Workload, **settings: object) -> Workload:
         part = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: part})
     return dataclasses.replace(work, config=config, **own)
-
-
-def expected_longest(tokens: int, keep: float, null: float, rows: int) -> float:
-    """Mean of the longest of `rows` rows that keep each of `tokens` tokens with probability `keep`, and with
-    probability `null` none."""
-    below, longest = 0.0, 0.0
-    for kept in range(tokens):
-        below += math.comb(tokens, kept) * keep**kept * (1 - keep) ** (tokens - kept)
-        longest += 1 - min(1.0, null + (1 - null) * below) ** rows
-    return longest

@@ -217,6 +217,7 @@ def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object
         grad_norm=result.grad_norm if finite else None,
         lr=result.lr,
         skipped=t.bad_in_a_row,
+        dropped_tokens=int(t.encoders.prefixes.dropped) if t.encoders is not None else 0,
         **throughput,
     )
 

@@ -104,7 +104,7 @@ def test_hidden_and_dropped_patches_leave_the_positions_of_the_others_alone(mllm
     text = len(mllm.tokenize(AUX))
     whole, dropped = prefix(mllm, image), prefix(mllm, image, "drop", keep)
     shown = torch.cat((torch.ones(1, text, dtype=torch.bool), keep), dim=1)
-    assert torch.equal(dropped.position_BPA[0], whole.position_BPA[0, shown[0]])
+    assert torch.equal(dropped.position_TA, whole.position_BPA[0, shown[0]])
     for mode in ("zero", "hide", "drop"):
         masked = prefix(mllm, image, mode, keep)
         assert torch.equal(masked.query_positions(3), whole.query_positions(3))

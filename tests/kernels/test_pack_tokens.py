@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iomm.conditioning.mask import pack_attended
 from iomm_kernels.mask_tokens import keep_tokens
 from iomm_kernels.pack_tokens import Packed, pack_tokens, packed_capacity, reference, unpack_tokens
 
@@ -26,9 +25,7 @@ def slots_that_count(count_B: Tensor, keep_BN: Tensor) -> Tensor:
 def test_each_sample_is_what_packing_its_row_alone_gives() -> None:
     text_BAD, count_B, patch_BND, keep_BN = batch([3, 0, 4])
     packed = pack_tokens(text_BAD, count_B, patch_BND, keep_BN, 40)
-    attend, rows_BPD = pack_attended(
-        slots_that_count(count_B, keep_BN), torch.cat((text_BAD, patch_BND), dim=1)
-    )
+    attend, rows_BPD = slots_that_count(count_B, keep_BN), torch.cat((text_BAD, patch_BND), dim=1)
     for b, (start, stop) in enumerate(zip(packed.cu_S[:-1], packed.cu_S[1:], strict=True)):
         assert torch.equal(packed.tokens_TD[start:stop], rows_BPD[b][attend[b]])
     assert not packed.tokens_TD[packed.cu_S[-1] :].any()

@@ -9,7 +9,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ARGS=... is passed on to the command, PY=... picks another Python."
 
-setup:  ## make .venv (once: about 3 minutes and 6 GB; instant afterwards)
+setup:  ## make .venv (once: about 4 minutes and 7 GB; instant afterwards)
 	@if [ "$(PY)" = .venv/bin/python ]; then tools/bootstrap.sh; fi
 
 kernels: setup  ## compile csrc/ for this machine, where it has a C++ compiler (and nvcc); optional, about half a minute

@@ -1,7 +1,7 @@
 """What a run needs, how long it takes and what it costs: `iomm plan` by path.
 
-    python tools/plan_run.py --preset b --gpus 64 --gpu h800 --layout auto --images 110e6
-    python tools/plan_run.py examples/configs/b_stage1.py --gpus 8 --mask-mode drop --cache vae
+python tools/plan_run.py --preset b --gpus 64 --gpu h800 --layout auto --images 110e6
+python tools/plan_run.py examples/configs/b_stage1.py --gpus 8 --mask-mode drop --cache vae
 """
 
 import sys

@@ -9,7 +9,13 @@ import iomm_kernels
 from iomm.doctor import Check, Gpu, Machine, collect, render
 from iomm.doctor.machine import _gpus
 
-VERSIONS = {"torch": "2.14.1", "megatron-core": "0.19.2", "pillow": "13.0.0", "triton": "3.8.0"}
+VERSIONS = {
+    "torch": "2.14.1",
+    "megatron-core": "0.19.2",
+    "pillow": "13.0.0",
+    "simplejpeg": "1.9.0",
+    "triton": "3.8.0",
+}
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, "9.0", "580.10")
 TE = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"), "2.20.2")
 NOT_BUILT = {"cpu": "is not built (make kernels)", "cuda": "is not built (make kernels)"}
@@ -100,6 +106,15 @@ def test_an_old_resiliency_extension_is_broken_and_a_newer_one_is_not_mentioned(
     assert check(name, versions=VERSIONS | {name: "0.4.1"}).status == "broken"
     newer = dataclasses.replace(CPU_ONLY, versions=VERSIONS | {name: "0.6.0"})
     assert name not in [c.name for c in collect(newer)]
+
+
+def test_dali_decodes_where_a_gpu_is_and_can_be_asked_for_elsewhere() -> None:
+    dali = VERSIONS | {"nvidia-dali-cuda130": "2.4.0"}
+    assert check("DALI").status == "no" and check("decoder").detail == "CPU"
+    assert check("DALI", versions=dali).status == "ok" and check("decoder", versions=dali).detail == "CPU"
+    assert check("decoder", versions=dali, gpus=(H100,)).detail == "DALI"
+    without = {name: version for name, version in VERSIONS.items() if name != "simplejpeg"}
+    assert check("CPU", versions=without).status == "broken"
 
 
 def test_the_driver_is_asked_for_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 import iomm_kernels
-from iomm.doctor.check import INSTALL, Check
+from iomm.doctor.check import CUDA_EXTRA, INSTALL, Check
 from iomm.doctor.layers import apex, backends, flash_attention
 from iomm.doctor.machine import Gpu, Machine, cores, cpu_name, look, release, usable_gpu, usable_te
 
@@ -106,22 +106,32 @@ def _kernels(machine: Machine) -> Iterator[Check]:
 def _others(machine: Machine) -> Iterator[Check]:
     versions = machine.versions
     section = "image decoding"
-    pillow = versions.get("pillow")
+    needed = {"Pillow": versions.get("pillow"), "simplejpeg": versions.get("simplejpeg")}
+    missing = [name for name, version in needed.items() if version is None]
     yield Check(
         section=section,
         name="CPU",
-        status="ok" if pillow else "broken",
-        detail=f"Pillow {pillow}" if pillow else "Pillow is not installed",
-        fix="" if pillow else INSTALL,
+        status="broken" if missing else "ok",
+        detail=f"{' and '.join(missing)} not installed"
+        if missing
+        else ", ".join(f"{name} {version}" for name, version in needed.items()),
+        fix=INSTALL if missing else "",
     )
-    dali = versions.get("nvidia-dali-cuda130") or versions.get("nvidia-dali-cuda120")
-    installed = f"DALI {dali} is installed" if dali else "DALI is not installed"
-    detail = f"iomm does not use it yet. {installed}"
-    yield Check(section=section, name="DALI", status="no", detail=detail)
+    if dali := _dali(machine):
+        where = "its GPU decode is not yet run" if usable_gpu(machine) else "on the CPU; data.decode=dali"
+        yield Check(section=section, name="DALI", status="ok", detail=f"DALI {dali}: {where}")
+    else:
+        detail, fix = "DALI is not installed", CUDA_EXTRA if machine.gpus else ""
+        yield Check(section=section, name="DALI", status="no", detail=detail, fix=fix)
 
     section = "optional"
     yield flash_attention(machine)
     yield apex(machine)
+
+
+def _dali(machine: Machine) -> str | None:
+    """Version of NVIDIA DALI, if it is installed."""
+    return machine.versions.get("nvidia-dali-cuda130") or machine.versions.get("nvidia-dali-cuda120")
 
 
 def _choice(machine: Machine) -> Iterator[Check]:
@@ -135,7 +145,7 @@ def _choice(machine: Machine) -> Iterator[Check]:
         "device": device,
         "backend": "te (fp64: local)" if usable_te(machine) else "local",
         "operators": operators,
-        "decoder": "CPU",
+        "decoder": "DALI" if usable_gpu(machine) and _dali(machine) else "CPU",
     }
     for name, detail in uses.items():
         yield Check(section="a run on this machine uses", name=name, status="info", detail=detail)

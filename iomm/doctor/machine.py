@@ -20,9 +20,9 @@ from iomm_kernels import build
 
 DISTRIBUTIONS = (
     "torch", "triton", "megatron-core", "transformers", "diffusers", "safetensors", "sentencepiece", "numpy",
-    "pillow", "wandb", "transformer-engine", "transformer-engine-torch", "transformer-engine-cu12",
-    "transformer-engine-cu13", "flash-attn", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
-    "nvidia-resiliency-ext",
+    "pillow", "simplejpeg", "wandb", "transformer-engine", "transformer-engine-torch",
+    "transformer-engine-cu12", "transformer-engine-cu13", "flash-attn", "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130", "apex", "nvidia-resiliency-ext",
 )  # fmt: skip
 TE_PARTS = ("transformer-engine", "transformer-engine-torch")
 TE_LIBRARIES = ("transformer-engine-cu12", "transformer-engine-cu13")  # one of them

@@ -90,7 +90,7 @@ class Saver:
         """
         assert self._pending is None, "the last checkpoint is still being written: call finish() first"
         json.dumps(extra)  # a value that JSON cannot hold fails here, not when the shards are written
-        state = engine.sharded_state(loading=False)
+        state = engine.sharded_state()
         info = {
             "step": step,
             "config": config.to_dict(),

@@ -68,7 +68,7 @@ def load(path: Path, engine: Engine, config: Config, mesh: Mesh) -> CheckpointIn
     info = _open(path, mesh)
     check_architecture(info, config)
     _check_settings(info, engine, config)
-    state = engine.sharded_state(loading=True)
+    state = engine.sharded_state()
     state.pop("fp8", None)
     with quiet():
         on_every_rank(mesh, lambda: _check_state(path, state))

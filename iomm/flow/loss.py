@@ -1,7 +1,8 @@
 """The training loss: mean squared error of the velocity in fp32 or better (paper eq. 2)."""
 
-import torch
 from torch import Tensor
+
+from iomm_kernels.velocity_mse import reference
 
 
 def velocity_loss(velocity_BLC: Tensor, target_BLC: Tensor) -> Tensor:
@@ -10,5 +11,4 @@ def velocity_loss(velocity_BLC: Tensor, target_BLC: Tensor) -> Tensor:
         raise ValueError(
             f"velocity {tuple(velocity_BLC.shape)} and target {tuple(target_BLC.shape)} differ in shape."
         )
-    dtype = torch.promote_types(velocity_BLC.dtype, torch.float32)
-    return (velocity_BLC.to(dtype) - target_BLC.to(dtype)).square().flatten(1).mean(1)
+    return reference(velocity_BLC, target_BLC)

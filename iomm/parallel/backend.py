@@ -84,6 +84,8 @@ def transformer_config(
         # 1F1B knows no other.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
+        microbatch_group_size_per_vp_stage=parallel.pp,
+        deallocate_pipeline_outputs=parallel.pp > 1,
         **_recompute(parallel.recompute),
         perform_initialization=False,
         use_cpu_initialization=True,  # parameters appear on torch's default device, which may be "meta"

@@ -139,17 +139,13 @@ class Engine:
         self.steps_done += 1
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, skipped=skipped, metrics=metrics)
 
-    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+    def sharded_state(self) -> dict[str, Any]:
         """Everything a checkpoint holds of the engine, as a sharded state dict. All ranks call.
 
         Tensors go by the names of weights, so that layout, number of optimizers and their sharding leave no
         trace: `model.NAME`, `ema.NAME`, `optimizer.state.KEY.model.NAME`. A weight that is not on this rank
-        is not in the result.
-
-        Args:
-            loading: whether the tensors shall be filled; they are the live ones either way.
+        is not in the result. The tensors are the live ones, to be written or filled.
         """
-        del loading
         weights, owned = named_weights(self.module), self._optimizer.pieces
         state: dict[str, Any] = {"model": sharded(weights, weights, "model.", self.mesh)}
         state["optimizer"] = {

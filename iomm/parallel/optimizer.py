@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iomm.config import OptimizerConfig, ParallelConfig, TrainConfig
 from iomm.parallel import cpu, muon
@@ -60,8 +60,9 @@ class Optimizer:
         self._mesh, self._wrapped = mesh, [*chunks, *([shared] if shared else [])]
         self._sharded = parallel.distributed_optimizer
         if getattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False):
-            # Megatron would take torch's AdamW, whose count of steps no checkpoint of ours restores. On a
-            # machine without a GPU `iomm.parallel.cpu` has put ours in its place.
+            # Megatron would take torch's AdamW, which cannot step from the state that is made ahead of the
+            # first step (it has no count of steps). Without a GPU `iomm.parallel.cpu` has put ours in its
+            # place.
             raise ValueError(
                 "training on a GPU needs the AdamW of Transformer Engine or of NVIDIA's apex, and neither is "
                 f"installed. Install the first with: {INSTALL}"
@@ -158,9 +159,6 @@ class Optimizer:
                 continue
             for group in part.optimizer.param_groups:
                 group["step"] = count
-            for state in part.optimizer.state.values():
-                if isinstance(state.get("step"), Tensor):  # torch's own AdamW counts in each weight's state
-                    state["step"].fill_(count)
 
     def _collect(self, names: Mapping[nn.Parameter, str]) -> list[Piece]:
         # By name, so that the order does not depend on how the optimizers are chained.

@@ -81,7 +81,6 @@ class Pipeline:
                 f"this rank has {len(chunks)} chunks, parallel.virtual_stages is {mesh.virtual_stages}: a "
                 "pipeline rank holds one chunk a virtual stage. Make them equal."
             )
-        _settle(config, mesh)
         self.config, self.mesh = config, mesh
         self.models: list[Any] = [
             wrap(Stage(config, chunk, index, mesh), index) for index, chunk in enumerate(chunks)
@@ -140,16 +139,3 @@ class Pipeline:
                 f"or train.global_batch_images so that each rank gets a multiple of {mesh.pp_size}, or set "
                 "parallel.virtual_stages=1."
             )
-
-
-def _settle(config: TransformerConfig, mesh: Mesh) -> None:
-    """The settings that the schedules read from the layers' config, whatever it was made with."""
-    interleaved = mesh.virtual_stages > 1
-    config.pipeline_model_parallel_size = mesh.pp_size
-    config.virtual_pipeline_model_parallel_size = mesh.virtual_stages if interleaved else None
-    config.microbatch_group_size_per_vp_stage = mesh.pp_size
-    config.variable_seq_lengths = mesh.pp_size > 1
-    config.deallocate_pipeline_outputs = mesh.pp_size > 1
-    # Interleaved with batched messages gives wrong gradients at pp = 2; 1F1B refuses the overlap.
-    config.batch_p2p_comm = not interleaved
-    config.overlap_p2p_comm = interleaved

@@ -36,7 +36,8 @@ def example_prompts(data: DataConfig, n: int) -> tuple[list[str], list[str]]:
             shards = ShardSet.open(patterns, captioned_only=True)
             for i in spaced(n, len(shards)):
                 with contextlib.suppress(BadSample):  # reported where a step or an evaluation meets it
-                    captions += [caption for caption in [shards.caption(i)] if caption is not None]
+                    caption = shards.caption(i)
+                    captions += [] if caption is None else [caption]
         found.append(captions)
     return found[0], found[1]
 

@@ -12,7 +12,6 @@ Maths, shapes, numerics and bytes: `ragged_attention_kernels`.
 are what its varlen kernels take as they are. This is a rule, not a measurement.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -34,9 +33,7 @@ def _call(
     shown_T: Tensor | None = None,
     scale: float | None = None,
 ) -> Call:
-    longest = len(k_TGK) if longest is None else longest
-    scale = 1 / math.sqrt(q_BQHK.shape[-1]) if scale is None else scale
-    return Call(q_BQHK, k_TGK, v_TGK, None, None, cu_S, shown_T, longest, scale)
+    return ragged_attention.make_call(q_BQHK, (k_TGK, v_TGK), (None, None), cu_S, longest, shown_T, scale)
 
 
 # --- reference ------------------------------------------------------------------------------------------

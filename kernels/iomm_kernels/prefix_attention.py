@@ -13,7 +13,6 @@ Maths, shapes, numerics and bytes: `ragged_attention_kernels`.
 prefix in every layer, and always computes the prefix's gradients. This is a count, not a measurement.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -37,9 +36,8 @@ def _call(
     shown_T: Tensor | None = None,
     scale: float | None = None,
 ) -> Call:
-    longest = len(k_TGK) if longest is None else longest
-    scale = 1 / math.sqrt(q_BQHK.shape[-1]) if scale is None else scale
-    return Call(q_BQHK, k_TGK, v_TGK, own_k_BQGK, own_v_BQGK, cu_S, shown_T, longest, scale)
+    own = own_k_BQGK, own_v_BQGK
+    return ragged_attention.make_call(q_BQHK, (k_TGK, v_TGK), own, cu_S, longest, shown_T, scale)
 
 
 # --- reference ------------------------------------------------------------------------------------------

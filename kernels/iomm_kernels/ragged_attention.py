@@ -14,6 +14,7 @@ K numbers a head, S = B + 1.
 
 import importlib.util
 import logging
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,21 @@ class Call(NamedTuple):
     shown_T: Tensor | None
     longest: int
     scale: float
+
+
+def make_call(
+    q_BQHK: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    own: tuple[Tensor | None, Tensor | None],
+    cu_S: Tensor,
+    longest: int | None,
+    shown_T: Tensor | None,
+    scale: float | None,
+) -> Call:
+    """A call with its defaults filled in: as many keys as there are rows, scale 1 / sqrt(K)."""
+    longest = len(prefix[0]) if longest is None else longest
+    scale = 1 / math.sqrt(q_BQHK.shape[-1]) if scale is None else scale
+    return Call(q_BQHK, *prefix, *own, cu_S, shown_T, longest, scale)
 
 
 # reference and PyTorch's attention

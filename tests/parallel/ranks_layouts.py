@@ -201,7 +201,7 @@ def _shards(state: Any) -> Iterator[Any]:
 
 def whole_state(made: Engine, mesh: Mesh) -> dict[str, Any]:
     """The state of all ranks put together by name; every element comes from exactly one main replica."""
-    state = made.sharded_state(loading=False)
+    state = made.sharded_state()
     mine = [(s.key, s.global_shape, s.global_slice(), s.data.clone()) for s in _shards(state)
             if not any(s.replica_id)]  # fmt: skip
     whole: dict[str, Any] = {}
@@ -215,7 +215,7 @@ def whole_state(made: Engine, mesh: Mesh) -> dict[str, Any]:
 
 
 def load(made: Engine, whole: Mapping[str, Any]) -> None:
-    state = made.sharded_state(loading=True)
+    state = made.sharded_state()
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -250,12 +250,12 @@ def race(cases: list[str], legs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def check_bad_step(made: Engine, mesh: Mesh) -> None:
     """NaN in one micro-batch of one data-parallel rank: every rank skips the step and keeps everything."""
-    before = [s.data.clone() for s in _shards(made.sharded_state(loading=False))]
+    before = [s.data.clone() for s in _shards(made.sharded_state())]
     batch = items(0, dtype_of(made))[mesh.dp_rank :: mesh.dp_size]
     if mesh.dp_rank == mesh.dp_size - 1:
         batch[1].x_SBD.mul_(math.nan)
     assert step(made, batch, mesh).skipped
-    for kept, now in zip(before, _shards(made.sharded_state(loading=False)), strict=True):
+    for kept, now in zip(before, _shards(made.sharded_state()), strict=True):
         assert torch.equal(kept, now.data), now.key
     made.steps_done -= 1  # the run goes on as if this step had not been
 

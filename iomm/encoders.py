@@ -43,8 +43,8 @@ class Encoders:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         dtype = DTYPES[config.train.precision]
-        # The autoencoder stays in fp32 (fp64): in bf16 its latents lose detail, and it is a few percent of a
-        # step.
+        # The autoencoder stays in fp32 (fp64): in bf16 its latents lose detail. That is dear (`iomm plan`
+        # says how much); `data.cache_dir` pays it once an image.
         self.codec = open_codec(config.codec, torch.promote_types(dtype, torch.float32), device)
         self.mllm = open_mllm(config.mllm, dtype, device)
         self.prefixes = PrefixBuilder(self.mllm, config.condition, config.kernels)

@@ -54,6 +54,12 @@ class Batch:
     image_BCHW: Tensor  # uint8; on the CPU, or where DALI decoded it
     captions: tuple[str | None, ...]
 
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width) of all its images."""
+        height, width = self.image_BCHW.shape[2:]
+        return height, width
+
     @staticmethod
     def stack(samples: Sequence[Sample]) -> "Batch":
         """A batch of at least one sample."""
@@ -154,6 +160,10 @@ class Loader:
     def size(self, kind: Kind) -> int:
         """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
         return len(self._sources[kind]) if kind in self._sources else 0
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        """(height, width) of the training image of a global index, in closed form: nothing is read."""
+        return self._view.height_px, self._view.width_px
 
     @property
     def heldout_size(self) -> int:

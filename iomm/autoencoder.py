@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import CodecConfig
-from iomm.flow.path import patchify, unpatchify
+from iomm.flow.path import Grid, patchify, unpatchify
 
 EXAMPLE = "black-forest-labs/FLUX.1-schnell"
 
@@ -132,18 +132,18 @@ class LatentCodec:
         """Pixels a side of one token."""
         return self.downsampling * self.patch
 
-    def grid(self, image_px: int) -> int:
-        """Tokens along one side of a square image.
+    def grid(self, height_px: int, width_px: int) -> Grid:
+        """Token rows and columns of an image.
 
         Raises:
-            ValueError: the side is not a multiple of pixels per token.
+            ValueError: a side is not a multiple of pixels per token.
         """
-        if image_px % self.token_px:
+        if height_px % self.token_px or width_px % self.token_px:
             raise ValueError(
-                f"data.image_px {image_px} is not a multiple of the {self.token_px} pixels of one token. "
-                "Choose a multiple."
+                f"an image of {height_px} x {width_px} px is not made of whole tokens: both sides must be "
+                f"multiples of the {self.token_px} pixels of one token. Change data.image_px, crop or resize."
             )
-        return image_px // self.token_px
+        return height_px // self.token_px, width_px // self.token_px
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
@@ -152,26 +152,25 @@ class LatentCodec:
         Raises:
             ValueError: a side is not a multiple of pixels per token.
         """
-        height, width = image_BCHW.shape[-2:]
-        if height % self.token_px or width % self.token_px:
-            raise ValueError(
-                f"images of {height} x {width} px cannot be encoded: both sides must be multiples of the "
-                f"{self.token_px} px of one token. Crop or resize them."
-            )
+        height_px, width_px = image_BCHW.shape[-2:]
+        self.grid(height_px, width_px)
         out = self.vae.encode(image_BCHW.to(self.device, self.dtype) / 127.5 - 1)
         latent = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent
         return self.normalisation.forward(patchify(latent, self.patch))
 
     @torch.no_grad()
-    def decode(self, x_BLC: Tensor) -> Tensor:
-        """Normalised latent tokens of square images -> uint8 RGB (B, 3, H, W).
+    def decode(self, x_BLC: Tensor, grid: Grid | None = None) -> Tensor:
+        """Normalised latent tokens -> uint8 RGB (B, 3, H, W).
 
+        Args:
+            grid: of the tokens; None: a square.
         Raises:
-            ValueError: L is not a square number.
+            ValueError: L tokens do not fill the grid.
         """
         side = int(x_BLC.shape[1] ** 0.5)
+        rows, columns = grid or (side, side)
         tokens = self.normalisation.inverse(x_BLC.to(self.device, self.dtype))
-        image = self.vae.decode(unpatchify(tokens, self.patch, side, side)).sample
+        image = self.vae.decode(unpatchify(tokens, self.patch, rows, columns)).sample
         return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def identity(self) -> str:

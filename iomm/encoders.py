@@ -16,6 +16,7 @@ from iomm.conditioning.prompts import PrefixBuilder
 from iomm.config import Config
 from iomm.data.cache import FeatureCache
 from iomm.data.loader import Batch
+from iomm.flow.path import Grid
 from iomm.parallel.engine import DTYPES
 from iomm.random import Stream, normal
 
@@ -24,9 +25,16 @@ from iomm.random import Stream, normal
 class Shapes:
     """What a rank without encoders has to know of them."""
 
-    latent_LC: tuple[int, int]  # latent tokens of an image, numbers in a token
+    grid: Grid  # of an image of data.image_px
+    token_px: int  # pixels a side of a latent token
+    token_channels: int  # numbers in a latent token
     patch_tokens: int  # of an image, as the MLLM sees it
     mllm_width: int
+
+    @property
+    def latent_tokens(self) -> int:
+        """Of an image of data.image_px."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Encoded:
     batch: Batch
     latent_BLC: Tensor  # clean, normalised
     patches_BNF: Tensor  # the MLLM's patch tokens, before masking
+    grid: Grid  # of the latent tokens
 
 
 class Encoders:
@@ -48,7 +57,7 @@ class Encoders:
         self.codec = open_codec(config.codec, torch.promote_types(dtype, torch.float32), device)
         self.mllm = open_mllm(config.mllm, dtype, device)
         self.prefixes = PrefixBuilder(self.mllm, config.condition, config.kernels)
-        self.grid = self.codec.grid(config.data.image_px)
+        self.grid = self.codec.grid(config.data.image_px, config.data.image_px)
         if self.codec.token_channels != config.generator.token_channels:
             raise ValueError(
                 f"the autoencoder at {config.codec.path} has {self.codec.token_channels} numbers in a token, "
@@ -63,7 +72,8 @@ class Encoders:
 
     @property
     def shapes(self) -> Shapes:
-        return Shapes((self.grid**2, self.codec.token_channels), self.mllm.image_tokens, self.mllm.width)
+        codec, mllm = self.codec, self.mllm
+        return Shapes(self.grid, codec.token_px, codec.token_channels, mllm.image_tokens, mllm.width)
 
     def encode(self, batch: Batch) -> Encoded:
         """Latents and patch tokens of a batch.
@@ -76,8 +86,10 @@ class Encoders:
                 _ = caption is None or self.mllm.tokenize(caption)
             except ValueError as error:
                 raise ValueError(f"sample {key}: {error}") from error
+        grid = self.codec.grid(*batch.size_px)
         if self.cache is None:
-            return Encoded(batch, self.codec.encode(batch.image_BCHW), self.mllm.vision(batch.image_BCHW))
+            latent_BLC, patches_BNF = self.codec.encode(batch.image_BCHW), self.mllm.vision(batch.image_BCHW)
+            return Encoded(batch, latent_BLC, patches_BNF, grid)
         for content_hash in self.cache.missing(batch.hashes):
             # One by one, so that a kept value does not depend on which images happened to share its batch.
             image_1CHW = batch.image_BCHW[batch.hashes.index(content_hash), None]
@@ -85,10 +97,11 @@ class Encoders:
             self.cache.put({content_hash: {"latent": latent.cpu(), "patches": patches.cpu()}})
         kept = self.cache.get(batch.hashes)
         device = self.codec.device
-        return Encoded(batch, kept["latent"].to(device), kept["patches"].to(device))
+        return Encoded(batch, kept["latent"].to(device), kept["patches"].to(device), grid)
 
-    def noise(self, seed: int, stream: Stream, index_B: Tensor) -> Tensor:
-        """Standard normal (B, L, C) of these sample indices."""
-        length, channels = self.shapes.latent_LC
+    def noise(self, seed: int, stream: Stream, index_B: Tensor, grid: Grid | None = None) -> Tensor:
+        """Standard normal (B, L, C) of these sample indices; `grid` None: that of data.image_px."""
+        rows, columns = grid or self.grid
+        length, channels = rows * columns, self.codec.token_channels
         flat = normal(seed, stream, index_B.to(self.codec.device), length * channels)
         return flat.view(-1, length, channels).to(self.codec.dtype)

@@ -9,7 +9,6 @@ sequence, D hidden channels.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from iomm.conditioning.mllm import FrozenMllm
 from iomm.conditioning.prefix import Prefix
 from iomm.config import Config
 from iomm.encoders import Encoded, Encoders, Shapes
-from iomm.flow.path import Prediction, grid_positions, to_velocity
+from iomm.flow.path import Grid, Prediction, grid_positions, to_velocity
 from iomm.flow.sampler import Guided, Method, Sampled, sample
 from iomm.flow.timesteps import training_timesteps
 from iomm.model.flops import block_costs, first_cost, last_cost
@@ -49,6 +48,7 @@ class MicroBatch:
 
     index_B: Tensor  # global sample indices: noise, timestep, mask and null are functions of them
     latent_BLC: Tensor  # clean, normalised
+    grid: Grid  # of its L tokens
     condition_tokens: int  # T
     attend_BT: Tensor | None = None  # True where a condition token counts; None: all do
     prefix: Prefix | None = None  # on ranks that compute the condition within the pipeline
@@ -144,7 +144,7 @@ class System(nn.Module):
             index_B = item.index_B.to(x_BLC.device)
             t_B = training_timesteps(self.config.flow, seed, index_B)
             x_t_BLC, target_BLC = flow_noise(x_BLC, t_B, index_B, seed, Stream.NOISE, provider=self.kernels)
-        what, out = Pass(item.condition_tokens, item.attend_BT), carried_SBD
+        what, out = Pass(item.grid, item.condition_tokens, item.attend_BT), carried_SBD
         if chunk.first:
             assert x_t_BLC is not None and t_B is not None
             if item.prefix is not None and mllm is not None:
@@ -152,7 +152,7 @@ class System(nn.Module):
             else:
                 assert item.condition_BTE is not None
                 condition = item.condition_BTE, item.attend_BT
-            out = self._first(x_t_BLC, t_B, condition)
+            out = self._first(x_t_BLC, t_B, condition, item.grid)
         else:
             assert carried_SBD is not None
             out = self._next(chunk, carried_SBD, what)
@@ -162,14 +162,20 @@ class System(nn.Module):
         velocity_BLC = self._to_velocity(out, x_t_BLC, t_B)
         return velocity_mse(velocity_BLC, target_BLC, provider=self.kernels)
 
-    def velocity(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    def velocity(
+        self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition, grid: Grid | None = None
+    ) -> Tensor:
         """The network's velocity at x_t, whatever it predicts; in the dtype of x_t or fp32, the wider.
 
         With pipeline stages it is called on stage 0, inside `conducting`, while the others `serve`.
+
+        Args:
+            grid: of the L tokens; None: that of images of data.image_px.
         """
-        out = self._first(x_t_BLC, t_B, condition)
+        grid = grid or self.shapes.grid
+        out = self._first(x_t_BLC, t_B, condition, grid)
         if self._relay is not None:
-            what = Pass(condition[0].shape[1], condition[1])
+            what = Pass(grid, condition[0].shape[1], condition[1])
             self._relay.announce(what)
             self._pass_on(self._relay, out, what)
             out = self._relay.receive(self.mesh.pp_size - 1)
@@ -204,27 +210,23 @@ class System(nn.Module):
                 out = self._next(chunk, relay.receive((stage - 1) % self.mesh.pp_size), what)
             relay.send(out, 0 if stage == last else stage + 1)
 
-    def _first(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    def _first(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition, grid: Grid) -> Tensor:
         """The first chunk: what it carries on, or of a whole generator the output (B, L, C)."""
         condition_BTE, attend_BT = condition
         constants = unvaried_inputs(self.config.generator, len(t_B), t_B.device)
-        inputs = x_t_BLC, t_B, condition_BTE, self._positions(t_B.device), attend_BT
+        inputs = x_t_BLC, t_B, condition_BTE, grid_positions(*grid, t_B.device), attend_BT
         with self._fp8():
             if self.stages[0].last:
                 return self.generator(*inputs, **constants)
             carried_SBD = self.generator.enter(*inputs, **constants)
-            return self._next(self.stages[0], carried_SBD, Pass(condition_BTE.shape[1], attend_BT))
+            return self._next(self.stages[0], carried_SBD, Pass(grid, condition_BTE.shape[1], attend_BT))
 
     def _next(self, chunk: Chunk, carried_SBD: Tensor, what: Pass) -> Tensor:
         """The blocks of a chunk; behind the last one the generator's output (B, L, C)."""
-        positions_L3 = self._positions(carried_SBD.device)
+        positions_L3 = grid_positions(*what.grid, carried_SBD.device)
         with self._fp8():
             out = self.generator.run(carried_SBD, chunk, positions_L3, what.condition_tokens, what.attend_BT)
             return self.generator.leave(out, len(positions_L3)) if chunk.last else out
-
-    def _positions(self, device: torch.device) -> Tensor:
-        side = math.isqrt(self.shapes.latent_LC[0])
-        return grid_positions(side, side, device)
 
     def _to_velocity(self, out_BLC: Tensor, x_t_BLC: Tensor, t_B: Tensor) -> Tensor:
         return to_velocity(
@@ -248,7 +250,7 @@ def plan_stages(
     Raises:
         ValueError: more chunks than blocks.
     """
-    parallel, tokens = config.parallel, (shapes.latent_LC[0], condition_tokens(config, shapes))
+    parallel, tokens = config.parallel, (shapes.latent_tokens, condition_tokens(config, shapes))
     if parallel.pp == 1:
         return None
     costs = block_costs(config.generator, *tokens)
@@ -325,7 +327,7 @@ def micro_batch(system: System, encoders: Encoders, item: Encoded) -> MicroBatch
     assert system.conditioner is not None
     attend_BT = system.conditioner.attend(prefix)
     tokens = system.config.condition.queries if attend_BT is None else attend_BT.shape[1]
-    return MicroBatch(index_B, item.latent_BLC, tokens, attend_BT, prefix)
+    return MicroBatch(index_B, item.latent_BLC, item.grid, tokens, attend_BT, prefix)
 
 
 def training_loss(system: System, encoders: Encoders, item: Encoded) -> Tensor:

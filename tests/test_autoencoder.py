@@ -79,7 +79,11 @@ def test_dc_ae_tokens_are_the_scaled_latent_pixels(folders):
 @pytest.mark.parametrize(("name", "numbers", "unit"), [("flux", 64, 16), ("flux2", 16, 16), ("dc_ae", 8, 8)])
 def test_token_sizes_are_read_from_the_model(folders, name, numbers, unit):
     codec = opened(folders, name)
-    assert (codec.token_channels, codec.token_px, codec.grid(96)) == (numbers, unit, 96 // unit)
+    assert (codec.token_channels, codec.token_px, codec.grid(96, 192)) == (
+        numbers,
+        unit,
+        (96 // unit, 192 // unit),
+    )
     assert codec.encode(images(96, 1)).shape == (1, (96 // unit) ** 2, numbers)
 
 
@@ -97,11 +101,15 @@ def test_decode_undoes_the_normalisation_and_packing_of_encode(folders, name):
 def test_odd_sizes_are_refused_with_the_pixels_of_a_token(folders, name):
     codec = opened(folders, name)
     with pytest.raises(
-        ValueError, match=rf"44 x 48 px cannot be encoded.* multiples of the {codec.token_px} px"
+        ValueError, match=rf"44 x 48 px is not made of whole tokens.* of the {codec.token_px} pixels"
     ):
         codec.encode(images()[:, :, :44])
-    with pytest.raises(ValueError, match=rf"image_px 50 is not a multiple of the {codec.token_px} pixels"):
-        codec.grid(50)
+    with pytest.raises(
+        ValueError, match=rf"96 x 50 px .*multiples of the {codec.token_px} pixels .*data.image_px"
+    ):
+        codec.grid(96, 50)
+    wide = images()[:, :, : codec.token_px, : 2 * codec.token_px]
+    assert codec.decode(codec.encode(wide), (1, 2)).shape == wide.shape
     with pytest.raises(ValueError, match=r"5 tokens do not fill a grid"):
         codec.decode(torch.zeros(1, 5, codec.token_channels))
 
@@ -128,8 +136,8 @@ def test_the_published_sizes_come_out_of_the_default_configurations():
     with torch.device("meta"):
         flux2 = LatentCodec(AutoencoderKLFlux2(), CodecConfig(path="", patch=2))
         dc_ae = LatentCodec(AutoencoderDC(), CodecConfig(path="", patch=1))
-    assert (flux2.token_channels, flux2.token_px, flux2.grid(512)) == (128, 16, 32)
-    assert (dc_ae.token_channels, dc_ae.token_px, dc_ae.grid(512)) == (32, 32, 16)
+    assert (flux2.token_channels, flux2.token_px, flux2.grid(512, 256)) == (128, 16, (32, 16))
+    assert (dc_ae.token_channels, dc_ae.token_px, dc_ae.grid(512, 256)) == (32, 32, (16, 8))
 
 
 def test_another_autoencoder_is_refused_with_the_known_ones(tmp_path):

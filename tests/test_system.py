@@ -109,7 +109,7 @@ def test_weights_with_pooled_text_and_guidance_inputs_are_fed_constants(mesh: Me
     settings = {"pooled_width": 6, "guidance_embedding": True, "guidance_value": 2.0, "predict": "velocity"}
     given = {f"generator__{name}": value for name, value in settings.items()}
     config = small_config(tmp_path, tmp_path, **given)
-    system = System(config, Shapes((4, config.generator.token_channels), 4, 24), mesh)
+    system = System(config, Shapes((2, 2), 16, config.generator.token_channels, 4, 24), mesh)
     initialize(system, 0)
     with torch.no_grad():
         for parameter in system.generator.parameters():
@@ -119,6 +119,9 @@ def test_weights_with_pooled_text_and_guidance_inputs_are_fed_constants(mesh: Me
     expected = system.generator(x, t, c, grid_positions(2, 2), **fed)
     assert expected.abs().max() > 0
     assert torch.equal(system.velocity(x, t, (c, None)), expected)
+    flat = system.generator(x, t, c, grid_positions(1, 4), **fed)
+    assert torch.equal(system.velocity(x, t, (c, None), (1, 4)), flat)
+    assert not torch.equal(flat, expected)
 
 
 @pytest.mark.parametrize("mllm", MLLMS)

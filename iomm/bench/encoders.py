@@ -40,13 +40,14 @@ def bench_encoders(config: Config, repeats: int) -> str | None:
     sizes = (train.global_batch_images, train.micro_batch_images, mesh.dp_rank, mesh.dp_size)
     indices = global_batch_indices(0, *sizes)
     batches = dict(enumerate(Loader(config.data, train.seed, on_bad=_refuse).stream(indices)))
+    sizes_px = [batch.size_px for batch in batches.values()]
     works = {}
     for mode in MODES:
         parallel = dataclasses.replace(config.parallel, encoders=mode)
         system = build(dataclasses.replace(config, parallel=parallel), encoders.shapes, mesh, encoders)
         inputs = StepInputs(system, encoders, mesh)
         own = {number: batch for number, batch in batches.items() if inputs.encodes(number)}
-        works[mode] = inputs, Dealt(indices, own)
+        works[mode] = inputs, Dealt(indices, sizes_px, own)
         _step(*works[mode])  # warm up
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(repeats):  # taken in turn, so that a slow moment of the machine meets both

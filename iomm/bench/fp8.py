@@ -39,7 +39,8 @@ def bench_fp8(config: Config) -> str:
     train, loader = config.train, Loader(config.data, config.train.seed, on_bad=_refuse)
     for step in range(train.steps):
         indices = global_batch_indices(step, train.global_batch_images, train.micro_batch_images, 0, 1)
-        dealt = Dealt(indices, dict(enumerate(loader.stream(indices))))
+        sizes_px = [loader.size_px(samples[0]) for samples in indices]
+        dealt = Dealt(indices, sizes_px, dict(enumerate(loader.stream(indices))))
         for run in runs.values():
             run.step(dealt)
     plain = runs["none"]

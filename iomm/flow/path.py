@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Prediction = Literal["velocity", "clean"]
+Grid = tuple[int, int]  # rows and columns of an image's latent tokens, L = rows * columns
 
 
 def _like(t_B: Tensor, x_BLC: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from iomm.parallel.mesh import Mesh
 class Pass:
     """What every stage has to know of one forward pass."""
 
+    grid: tuple[int, int]  # rows and columns of the latent tokens
     condition_tokens: int
     attend_BT: Tensor | None  # True where a condition token counts; None: all do
 
@@ -40,16 +41,16 @@ class Relay:
         """On stage 0: tell the other stages of the next pass; None dismisses them."""
         attend = None if what is None else what.attend_BT
         rows = 0 if attend is None else attend.shape[0]
-        header = [0, 0, 0] if what is None else [1, what.condition_tokens, rows]
+        header = [0] * 5 if what is None else [1, *what.grid, what.condition_tokens, rows]
         dist.broadcast(torch.tensor(header, device=self.mesh.device), group=self.mesh.groups.pp, group_src=0)
         if attend is not None:
             dist.broadcast(attend.to(self.mesh.device, torch.uint8), group=self.mesh.groups.pp, group_src=0)
 
     def await_pass(self) -> Pass | None:
         """On the other stages: what `announce` said."""
-        header = torch.zeros(3, dtype=torch.int64, device=self.mesh.device)
+        header = torch.zeros(5, dtype=torch.int64, device=self.mesh.device)
         dist.broadcast(header, group=self.mesh.groups.pp, group_src=0)
-        go, tokens, rows = header.tolist()
+        go, *grid, tokens, rows = header.tolist()
         if not go:
             return None
         attend = None
@@ -57,7 +58,7 @@ class Relay:
             attend = torch.empty(rows, tokens, dtype=torch.uint8, device=self.mesh.device)
             dist.broadcast(attend, group=self.mesh.groups.pp, group_src=0)
             attend = attend.bool()
-        return Pass(tokens, attend)
+        return Pass((grid[0], grid[1]), tokens, attend)
 
     def send(self, tensor: Tensor, stage: int) -> None:
         """A tensor of three dimensions, to another stage."""

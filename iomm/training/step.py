@@ -30,10 +30,11 @@ from iomm.system import Chunked, MicroBatch, System, micro_batch
 
 @dataclass(frozen=True)
 class Dealt:
-    """One step's micro-batches before encoding: everybody's sample indices, and the samples of those that
-    this rank encodes, by number."""
+    """One step's micro-batches before encoding: everybody's sample indices and image sizes, and the samples
+    of those that this rank encodes, by number."""
 
     indices: Sequence[Sequence[int]]
+    sizes_px: Sequence[tuple[int, int]]  # (height, width)
     batches: Mapping[int, Batch]
 
 
@@ -74,7 +75,8 @@ class StepInputs:
             made[number] = micro_batch(self.system, self.encoders, self.encoders.encode(batch))
         if self.mesh.mp_size == 1:
             return [made[number] for number in range(len(dealt.indices))]
-        items = [made.get(i) or self._blank(indices) for i, indices in enumerate(dealt.indices)]
+        deals = zip(dealt.indices, dealt.sizes_px, strict=True)
+        items = [made.get(number) or self._blank(*deal) for number, deal in enumerate(deals)]
         self._route_attend(items, made)
         for item in items:
             item.latent_BLC = item.latent_BLC.contiguous()
@@ -116,13 +118,14 @@ class StepInputs:
 
         return backward
 
-    def _blank(self, indices: Sequence[int]) -> MicroBatch:
+    def _blank(self, indices: Sequence[int], size_px: tuple[int, int]) -> MicroBatch:
         """A micro-batch that another rank encodes, with room for its latents."""
-        latent_dtype = torch.promote_types(self._dtype, torch.float32)
-        latent = torch.empty(
-            len(indices), *self.system.shapes.latent_LC, dtype=latent_dtype, device=self.mesh.device
-        )
-        return MicroBatch(torch.tensor(indices), latent, self.system.config.condition.queries)
+        shapes, dtype = self.system.shapes, torch.promote_types(self._dtype, torch.float32)
+        rows, columns = (side // shapes.token_px for side in size_px)
+        room = len(indices), rows * columns, shapes.token_channels
+        latent = torch.empty(room, dtype=dtype, device=self.mesh.device)
+        queries = self.system.config.condition.queries
+        return MicroBatch(torch.tensor(indices), latent, (rows, columns), queries)
 
     def _route_attend(self, items: Sequence[MicroBatch], made: Mapping[int, MicroBatch]) -> None:
         """Tell all ranks the number of condition tokens and which of them count, where that varies."""

@@ -23,7 +23,7 @@ from iomm.training.progress import TrainingProgress
 from iomm.training.run import Run
 from iomm.training.step import Dealt, StepInputs
 from iomm.training.stop import StopSignal
-from iomm.training.throughput import StepFlops, Stopwatch, count_step_flops
+from iomm.training.throughput import FlopCount, Stopwatch
 from iomm.training.watch import Watch
 
 
@@ -123,11 +123,11 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
         micro_batches = inputs.encode(batch)
         # Forward and backward of every micro-batch, gradient sum, clip, optimizer step, EMA.
         result = t.engine.step(inputs.forward, micro_batches, lambda m=micro_batches: inputs.conditions(m))
-        watch.step()
+        watch.step(flops(batch.sizes_px) if flops else None)
         _quarantine(t, step)
         _check_finite(t, step, result, batch)
         logged = step == settings.steps or step % settings.log_every_steps == 0
-        throughput = watch.read(settings.global_batch_images, flops) if logged else None
+        throughput = watch.read(settings.global_batch_images) if logged else None
         if throughput is not None:
             _log(t, step, result, throughput)
         screen.update(step, result.loss, throughput)
@@ -158,14 +158,15 @@ def _batches(t: Trainer) -> Iterator[Dealt]:
 
     decoded = t.loader.stream(indices[number] for indices in steps() for number in own(indices))
     for indices in steps():
-        yield Dealt(indices, {number: next(decoded) for number in own(indices)})
+        sizes_px = [t.loader.size_px(samples[0]) for samples in indices]
+        yield Dealt(indices, sizes_px, {number: next(decoded) for number in own(indices)})
 
 
-def _flops(t: Trainer) -> StepFlops | None:
+def _flops(t: Trainer) -> FlopCount | None:
     """Counted on the rank that logs."""
     if t.mesh.rank != 0 or t.encoders is None:
         return None
-    return count_step_flops(t.config, t.system, t.encoders)
+    return FlopCount(t.config, t.system, t.encoders)
 
 
 def _init_weights(config: Config, system: System, mesh: Mesh) -> None:

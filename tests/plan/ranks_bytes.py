@@ -23,7 +23,7 @@ def main(tp: int, pp: int) -> None:
     mesh = meshes.start(parallel)
     work = varied(small_work(parallel=parallel), train__precision="bf16", optimizer__ema_decay=0.9)
     config = work.config
-    shapes = Shapes((work.image_tokens, 64), work.patch_tokens, work.mllm.lm.width)
+    shapes = Shapes((1, work.image_tokens), 16, 64, work.patch_tokens, work.mllm.lm.width)
     system = System(config, shapes, mesh, plan_stages(config, shapes, mesh.pp_rank))
     engine = Engine(system, system.backend_config, config.optimizer, config.train, config.parallel, mesh)
     weights = dict(generator_weights(config.generator, tp, system.stages))

@@ -37,8 +37,8 @@ LAYOUTS = [
 
 
 def shapes_of(work: Workload) -> Shapes:
-    tokens = work.image_tokens, work.config.generator.token_channels
-    return Shapes(tokens, work.patch_tokens, work.mllm.lm.width)
+    grid, channels = (1, work.image_tokens), work.config.generator.token_channels
+    return Shapes(grid, 16, channels, work.patch_tokens, work.mllm.lm.width)
 
 
 def planned(work: Workload, stage: int) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -306,6 +306,9 @@ class TrainConfig:
     sample_guidance: float = 3.0
     abort_after_bad_steps: int = 10  # consecutive NaN/Inf steps before the run stops
     log_every_steps: int = 10
+    hang_timeout_s: float = 540.0  # no progress for so long: stacks are written, the rank ends; 0: never
+    stall_notice_s: float = 30.0  # waiting for samples for so long is said, with the shard; 0: never
+    straggler_every_steps: int = 100  # how often the ranks' times are compared; 0: never
     async_save: bool = False  # write checkpoints beside the training: a step waits for the copy only
     wandb: Literal["offline", "online", "disabled"] = "offline"
 
@@ -317,6 +320,9 @@ class TrainConfig:
             f"train.global_batch_images {self.global_batch_images} is not a multiple of "
             f"train.micro_batch_images {self.micro_batch_images}. Change one of them.",
         )
+        for name in ("hang_timeout_s", "stall_notice_s", "straggler_every_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} {value} must not be negative; 0 turns it off.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,10 @@ micro-batches. What is ours is the order of events and one rule: a step whose lo
 finite on any rank changes nothing on any rank.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -89,6 +91,8 @@ class Engine:
         self.mesh = mesh
         self.steps_done = 0
         self.updates_done = 0  # steps that were not skipped
+        # Entered around the sum of gradients, where ranks wait for each other; for whoever measures it.
+        self.while_summing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self._clip_norm = optimizer.clip_norm
         names = {p: name for name, p in module.named_parameters() if p.requires_grad}
         if optimizer.kind == "muon":
@@ -175,10 +179,15 @@ class Engine:
         models = self.pipeline.models
         # A single rank has nothing to reduce; gloo would copy the whole gradient buffer three times to find
         # that out.
-        config.finalize_model_grads_func = finalize_model_grads if self.mesh.world_size > 1 else None
+        config.finalize_model_grads_func = self._sum_gradients if self.mesh.world_size > 1 else None
         config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
         for model in (*models, *([self._shared] if self._shared else [])):
             model.broadcast_params()
+
+    def _sum_gradients(self, *args: Any, **settings: Any) -> None:
+        """What the schedule calls when this rank's last backward pass is done."""
+        with self.while_summing():
+            finalize_model_grads(*args, **settings)
 
     def _reduce_shared(self) -> None:
         """Sum the shared part's gradients over the world. They are of the mean loss of one data-parallel rank

@@ -62,6 +62,8 @@ def decode_view(data: bytes, view: View, *, max_pixels: int = MAX_PIXELS) -> Ten
             image = image.crop((box.left_px, box.top_px, right, bottom))
         if image.size != wanted:
             image = image.resize(wanted, Image.Resampling.BICUBIC)
+        if view.flip:
+            image = ImageOps.mirror(image)
     except BadSample:
         raise
     except Exception as error:
@@ -77,9 +79,9 @@ class PillowDecoder:
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
 
-    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
+    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
         """As `Decoder.decode`."""
-        return [self._decode(data, view) for data in files]
+        return [self._decode(data, view) for data, view in zip(files, views, strict=True)]
 
     def _decode(self, data: bytes, view: View) -> Tensor | BadSample:
         try:

@@ -38,9 +38,9 @@ class CpuDecoder:
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
 
-    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
+    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
         """As `Decoder.decode`."""
-        return [self._decode(data, view) for data in files]
+        return [self._decode(data, view) for data, view in zip(files, views, strict=True)]
 
     def _decode(self, data: bytes, view: View) -> Tensor | BadSample:
         try:
@@ -92,7 +92,7 @@ def _decode_jpeg(data: bytes, header: Header, view: View) -> Tensor:
     # Copies are NumPy's: torch would start threads for each one, and there are decoding threads already.
     part_HWC = _scratch("part", (height, width, 3))
     np.copyto(part_HWC, image_HWC[top : top + height, left : left + width])
-    return torch.from_numpy(planes(header.upright(_resize(part_HWC, size_HW))))
+    return torch.from_numpy(planes(view.mirrored(header.upright(_resize(part_HWC, size_HW)))))
 
 
 def _scratch(name: str, shape: tuple[int, int, int]) -> np.ndarray:

@@ -52,11 +52,11 @@ class DaliDecoder:
         self._pipeline: _Pipeline | None = None
         self.rescued = 0
 
-    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
+    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
         """As `Decoder.decode`; the tensors are on the decoder's device."""
         results: dict[int, Tensor | BadSample] = {}
         plain: dict[int, Header] = {}
-        for place, data in enumerate(files):
+        for place, (data, view) in enumerate(zip(files, views, strict=True)):
             try:
                 header = probe(data, max_pixels=self._max_pixels)
             except BadSample as error:
@@ -65,26 +65,27 @@ class DaliDecoder:
             if is_plain_jpeg(header):
                 plain[place] = header
             else:
-                [results[place]] = self._cpu.decode([data], view)
+                [results[place]] = self._cpu.decode([data], [view])
         if plain:
-            decoded = self._decode([files[place] for place in plain], list(plain.values()), view)
+            taken = ([files[place] for place in plain], [views[place] for place in plain])
+            decoded = self._decode(*taken, list(plain.values()))
             results |= dict(zip(plain, decoded, strict=True))
         return [self._place(results[place]) for place in range(len(files))]
 
     def _decode(
-        self, files: Sequence[bytes], headers: Sequence[Header], view: View
+        self, files: Sequence[bytes], views: Sequence[View], headers: Sequence[Header]
     ) -> Sequence[Tensor | BadSample]:
         with self._lock:
             try:
                 if self._pipeline is None or self._pipeline.files < len(files):
                     self._pipeline = _Pipeline(len(files), self._threads, self._device_id)
-                return self._pipeline.run(files, headers, view)
+                return self._pipeline.run(files, views, headers)
             except RuntimeError as error:
                 self._pipeline = None
                 self.rescued += 1
                 first = str(error).strip().splitlines()[0]
                 _log.warning("DALI failed on a call of %d files (%s): decoded on the CPU", len(files), first)
-        return self._cpu.decode(files, view)
+        return self._cpu.decode(files, views)
 
     def _place(self, result: Tensor | BadSample) -> Tensor | BadSample:
         if isinstance(result, BadSample) or self._device_id is None:
@@ -132,13 +133,13 @@ class _Pipeline:
             self._dali.set_outputs(resized_HWC)
         self._dali.build()
 
-    def run(self, files: Sequence[bytes], headers: Sequence[Header], view: View) -> list[Tensor]:
-        """Views of plain JPEGs.
+    def run(self, files: Sequence[bytes], views: Sequence[View], headers: Sequence[Header]) -> list[Tensor]:
+        """The views of plain JPEGs.
 
         Raises:
             RuntimeError: DALI could not decode one of them.
         """
-        cuts = [crop_and_size(header, view) for header in headers]
+        cuts = [crop_and_size(header, view) for header, view in zip(headers, views, strict=True)]
         boxes = [box for _, box, _ in cuts]
         inputs = {
             "encoded": [np.frombuffer(data, np.uint8) for data in files],
@@ -152,13 +153,16 @@ class _Pipeline:
         if self._device_id is None:
             stored = [np.asarray(images.at(b)) for b in range(len(files))]
             return [
-                torch.from_numpy(planes(header.upright(image_HWC)).copy())
-                for header, image_HWC in zip(headers, stored, strict=True)
+                torch.from_numpy(planes(view.mirrored(header.upright(image_HWC))).copy())
+                for header, view, image_HWC in zip(headers, views, stored, strict=True)
             ]
-        return [_upright(torch.from_dlpack(images[b]), header) for b, header in enumerate(headers)]
+        shown = enumerate(zip(headers, views, strict=True))
+        return [_upright(torch.from_dlpack(images[b]), header, view) for b, (header, view) in shown]
 
 
-def _upright(stored_HWC: Tensor, header: Header) -> Tensor:
-    """`Header.upright` for a tensor on the GPU, as a contiguous copy (C, H, W): DALI reuses its own."""
+def _upright(stored_HWC: Tensor, header: Header, view: View) -> Tensor:
+    """`Header.upright`, then `View.mirrored`, for a tensor on the GPU, as a contiguous copy (C, H, W): DALI
+    reuses its own."""
     turned = stored_HWC.transpose(0, 1) if header.sideways else stored_HWC
-    return turned.flip(header.mirrored_axes).permute(2, 0, 1).contiguous()
+    axes = set(header.mirrored_axes) ^ ({1} if view.flip else set())
+    return turned.flip(tuple(axes)).permute(2, 0, 1).contiguous()

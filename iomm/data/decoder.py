@@ -25,8 +25,8 @@ class Decoder(Protocol):
         """Whether it is better called once with a batch than by several threads with a file each."""
         ...
 
-    def decode(self, files: Sequence[bytes], view: View) -> list[Tensor | BadSample]:
-        """A view of each file, turned upright, on white, resized with antialiasing: uint8 (3, H, W); or why
+    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
+        """Each file's view, turned upright, on white, resized with antialiasing: uint8 (3, H, W); or why
         there is none. Nothing that is wrong with a file is raised.
         """
         ...

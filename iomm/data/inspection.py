@@ -97,7 +97,7 @@ def _inspect(item: Item, limits: Limits, keep_data: bool, decoder: CpuDecoder) -
         width, height = header.upright_size_px
         suffix = "jpg" if header.format == "jpeg" else header.format
         found = replace(found, size_px=(width, height), suffix=suffix)
-        decoded = decoder.decode([data], View(width, height))[0]
+        decoded = decoder.decode([data], [View(width, height)])[0]
         if isinstance(decoded, BadSample):
             raise decoded
     except BadSample as error:

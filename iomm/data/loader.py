@@ -284,7 +284,8 @@ class Loader:
     def _read(self, wanted: Sequence[_Wanted], decoder: Decoder) -> list[Sample | None]:
         """Samples, decoded together. None for an unreadable one, reported the first time."""
         read = [self._bytes(want) for want in wanted]
-        images = iter(decoder.decode([found[0] for found in read if found is not None], self._view))
+        files = [found[0] for found in read if found is not None]
+        images = iter(decoder.decode(files, [self._view] * len(files)))
         samples: list[Sample | None] = []
         for want, found in zip(wanted, read, strict=True):
             image_CHW = None if found is None else next(images)

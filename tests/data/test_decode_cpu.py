@@ -17,7 +17,7 @@ SQUARE = View(32, 32)
 
 
 def decode_cpu(data: bytes, view: View = SQUARE) -> torch.Tensor:
-    [image_CHW] = CpuDecoder().decode([data], view)
+    [image_CHW] = CpuDecoder().decode([data], [view])
     assert isinstance(image_CHW, torch.Tensor), image_CHW
     return image_CHW
 
@@ -87,7 +87,7 @@ def test_what_is_no_plain_jpeg_is_decoded_by_the_reference(data):
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.97])
 def test_a_truncated_jpeg_is_a_bad_sample_and_the_others_are_decoded(kept):
     good = encode(scene(6, 64, 64), "JPEG")
-    results = CpuDecoder().decode([good, good[: int(len(good) * kept)], good], SQUARE)
+    results = CpuDecoder().decode([good, good[: int(len(good) * kept)], good], [SQUARE] * 3)
     assert [isinstance(result, BadSample) for result in results] == [False, True, False]
 
 
@@ -97,7 +97,10 @@ def test_invented_pixels_of_a_damaged_jpeg_are_refused_where_pillow_takes_them()
     refused = taken = 0
     for at in range(scan + 40, len(good) - 2, max(1, (len(good) - scan) // 40)):
         damaged = good[:at] + b"\xff\xd0" + good[at + 2 :]  # a restart marker out of place
-        [strict], [lax] = CpuDecoder().decode([damaged], SQUARE), PillowDecoder().decode([damaged], SQUARE)
+        [strict], [lax] = (
+            CpuDecoder().decode([damaged], [SQUARE]),
+            PillowDecoder().decode([damaged], [SQUARE]),
+        )
         refused += isinstance(strict, BadSample)
         taken += isinstance(lax, torch.Tensor)
     assert refused >= 30
@@ -111,7 +114,7 @@ def test_flipped_bytes_never_raise_anything():
         data = bytearray(good)
         for at in rng.integers(0, len(data), 3):
             data[at] = rng.integers(0, 256)
-        [result] = CpuDecoder(max_pixels=10_000).decode([bytes(data)], SQUARE)
+        [result] = CpuDecoder(max_pixels=10_000).decode([bytes(data)], [SQUARE])
         assert isinstance(result, BadSample) or result.shape == (3, 32, 32)
 
 
@@ -119,7 +122,7 @@ def test_a_jpeg_that_promises_too_many_pixels_is_refused_by_its_header():
     data = encode(scene(9, 16, 16), "JPEG")
     at = data.index(b"\xff\xc0") + 5
     huge = data[:at] + struct.pack(">HH", 60_000, 50_000) + data[at + 4 :]
-    [result] = CpuDecoder().decode([huge], SQUARE)
+    [result] = CpuDecoder().decode([huge], [SQUARE])
     assert isinstance(result, BadSample)
     assert result.reason == "50000 x 60000 px in the header, more than the limit of 100000000 px"
 

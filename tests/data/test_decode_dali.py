@@ -34,8 +34,11 @@ def pixels(results: list[torch.Tensor | BadSample]) -> list[torch.Tensor]:
 def test_dali_and_the_cpu_path_agree_on_the_same_crops(dali):
     files = [photo(0, 50, 40), photo(1, 40, 50, 6), photo(2, 45, 45, mode="L"), photo(3, 20, 28)]
     files += [photo(10 + turn, 47, 35, turn) for turn in range(1, 9)]
+    views = [SQUARE] * len(files)
+    files += files[:6]
+    views += [View(32, 32, crop=(0.3, 0.8)), View(24, 32, flip=True), View(16, 24, (0.9, 0.1), True)] * 2
     for got_CHW, want_CHW in zip(
-        pixels(dali.decode(files, SQUARE)), pixels(CpuDecoder().decode(files, SQUARE)), strict=True
+        pixels(dali.decode(files, views)), pixels(CpuDecoder().decode(files, views)), strict=True
     ):
         assert got_CHW.dtype == torch.uint8
         assert got_CHW.is_contiguous()
@@ -45,36 +48,37 @@ def test_dali_and_the_cpu_path_agree_on_the_same_crops(dali):
 
 def test_dali_and_the_cpu_paths_reduced_decode_agree_on_the_same_crops(dali):
     files = [photo(4, 301, 201), photo(5, 133, 131, 8), photo(6, 96, 64)]
+    views = [SQUARE] * len(files)
     for got_CHW, want_CHW in zip(
-        pixels(dali.decode(files, SQUARE)), pixels(CpuDecoder().decode(files, SQUARE)), strict=True
+        pixels(dali.decode(files, views)), pixels(CpuDecoder().decode(files, views)), strict=True
     ):
         assert psnr_db(got_CHW, want_CHW) >= 38
 
 
 def test_a_jpeg_of_the_views_size_keeps_its_pixels(dali):
     data = photo(7, 32, 32)
-    [image_CHW] = pixels(dali.decode([data], SQUARE))
+    [image_CHW] = pixels(dali.decode([data], [SQUARE]))
     assert torch.equal(image_CHW, decode_view(data, SQUARE))
 
 
 def test_what_dali_does_not_take_is_decoded_by_the_reference_in_its_place(dali):
     others = [encode(noise_image(0, 40)), encode(noise_image(1, 40).convert("CMYK"), "JPEG")]
     files = [others[0], photo(8, 40, 40), others[1]]
-    images = pixels(dali.decode(files, SQUARE))
+    images = pixels(dali.decode(files, [SQUARE] * len(files)))
     assert torch.equal(images[0], decode_view(others[0], SQUARE))
     assert torch.equal(images[2], decode_view(others[1], SQUARE))
 
 
 def test_pixels_do_not_depend_on_the_other_files_of_a_call(dali):
     files = [photo(20 + n, 40 + 3 * n, 40) for n in range(5)]
-    together = pixels(dali.decode(files, SQUARE))
+    together = pixels(dali.decode(files, [SQUARE] * len(files)))
     for alone, image_CHW in zip(files, together, strict=True):
-        assert torch.equal(pixels(dali.decode([alone], SQUARE))[0], image_CHW)
+        assert torch.equal(pixels(dali.decode([alone], [SQUARE]))[0], image_CHW)
 
 
 def test_a_bad_header_never_reaches_dali(dali):
     good = photo(9, 40, 40)
-    results = dali.decode([b"", good, b"<html>", good[:200]], SQUARE)
+    results = dali.decode([b"", good, b"<html>", good[:200]], [SQUARE] * 4)
     assert [isinstance(result, BadSample) for result in results] == [True, False, True, True]
     assert dali.rescued == 0
 
@@ -83,9 +87,9 @@ def test_a_file_that_dali_fails_on_costs_only_itself_and_the_next_call_uses_dali
     decoder = DaliDecoder(None, threads=1)
     good = photo(9, 64, 64)
     torn = good[: len(good) * 2 // 3]
-    results = decoder.decode([good, torn, good], SQUARE)
+    results = decoder.decode([good, torn, good], [SQUARE] * 3)
     assert [isinstance(result, BadSample) for result in results] == [False, True, False]
     assert decoder.rescued == 1
     assert "DALI failed on a call of 3 files" in caplog.text
-    pixels(decoder.decode([good, good], SQUARE))
+    pixels(decoder.decode([good, good], [SQUARE] * 2))
     assert decoder.rescued == 1

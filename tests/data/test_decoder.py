@@ -41,7 +41,7 @@ def test_the_loader_uses_the_chosen_decoder_and_held_out_images_the_reference(wr
     shard = write_shard("jpeg.tar", [("a.jpg", jpeg), ("a.txt", b"a scene")])
     opened = loader(shard, heldout=(shard,), mix_ratio=1.0)
     fast_CHW, reference_CHW = opened.sample(0).image_CHW, opened.heldout(1).image_BCHW[0]
-    [expected_CHW] = CpuDecoder().decode([jpeg], View(8, 8))
+    [expected_CHW] = CpuDecoder().decode([jpeg], [View(8, 8)])
     assert isinstance(expected_CHW, torch.Tensor)
     assert torch.equal(fast_CHW, expected_CHW)
     assert not torch.equal(fast_CHW, reference_CHW)
@@ -56,9 +56,9 @@ class Together:
         self.calls: list[int] = []
         self._bad_bytes = bad_bytes
 
-    def decode(self, files, view):
+    def decode(self, files, views):
         self.calls.append(len(files))
-        decoded = CpuDecoder().decode(files, view)
+        decoded = CpuDecoder().decode(files, views)
         bad = [len(data) == self._bad_bytes for data in files]
         return [BadSample("refused") if b else image for b, image in zip(bad, decoded, strict=True)]
 

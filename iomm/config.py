@@ -104,6 +104,9 @@ class CodecConfig:
     path: str  # a folder with a diffusers autoencoder, or a hub name
     revision: str | None = None
     patch: int = 2  # latent pixels a side in one token
+    # Draw training latents from the autoencoder's distribution, anew each time an image is shown, by (seed,
+    # sample index). False: its mean, as evaluation always takes it.
+    sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +176,14 @@ class DataConfig:
     heldout: tuple[str, ...] = ()  # captioned shards no training step sees; for evaluation
     mix_ratio: float = 1.0  # lambda: share of image-only samples; 1 = images only, 0 = pairs only
     image_px: int = 512  # side of the square training image
-    cache_dir: str | None = (
-        None  # keep latents and ViT features here, keyed by content hash; None: encode every time
-    )
+    # Keep the frozen encoders' outputs in this folder, by content hash and view, for later epochs and runs;
+    # `iomm shard encode` fills it beforehand, best beside the shards. None: encode every time.
+    cache_dir: str | None = None
+    # Whose outputs: the autoencoder's mean (with codec.sample: and log-variance), the ViT's patch tokens.
+    cache: tuple[Literal["vae", "vit"], ...] = ("vae", "vit")
+    # exact: as computed, which is fp32 for the autoencoder; bf16: half of that, and the loss is that of
+    # latents rounded to 8 bits of mantissa. `iomm plan` says what both take on disk.
+    cache_precision: Literal["exact", "bf16"] = "exact"
     # cpu: libjpeg-turbo, for other formats Pillow; dali: NVIDIA DALI, on the GPU where there is one; auto:
     # DALI where there are both it and a GPU. Held-out images are always decoded by the reference, Pillow.
     decode: Literal["auto", "cpu", "dali"] = "auto"
@@ -195,6 +203,11 @@ class DataConfig:
             min(self.max_image_pixels, self.max_image_bytes) >= 1,
             f"data.max_image_pixels {self.max_image_pixels} and data.max_image_bytes {self.max_image_bytes} "
             "must be at least 1.",
+        )
+        _require(
+            self.cache_dir is None or 0 < len(set(self.cache)) == len(self.cache),
+            f"data.cache {list(self.cache)} must name vae, vit or both once where data.cache_dir is set. "
+            "Name one, or set data.cache_dir=null.",
         )
 
 

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
     AUGMENT = 6
     SAMPLE = 7  # starting noise of generated pictures
     INIT = 8  # weights
+    POSTERIOR = 9  # latents drawn from the autoencoder's distribution (codec.sample)
 
 
 def permute(position: int, length: int, seed: int, epoch: int) -> int:

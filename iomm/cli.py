@@ -20,7 +20,8 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 failed, 2 bad command line, 128 + n stopped by signal n."""
+    """Run one command; the exit status: 0 done, 1 failed, 2 bad command line, 85 saved and to be launched
+    again, 128 + n stopped by signal n."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     if arguments.traceback:
@@ -190,23 +191,21 @@ def load_config(path: Path) -> "Config":
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config).override(arguments.set)
+    from iomm.training.stop import exit_status
     from iomm.training.train import train
 
     outcome = train(config)
     if os.environ.get("RANK", "0") == "0":
         if outcome.stopped_by is not None:
             again = " ".join(["iomm train", str(arguments.config), *(f"--set {s}" for s in arguments.set)])
-            sys.stderr.write(
-                f"stopped by {outcome.stopped_by} after step {outcome.step}, saved. Go on with: {again}\n"
-            )
+            by = outcome.stopped_by.name
+            sys.stderr.write(f"stopped by {by} after step {outcome.step}, saved. Go on with: {again}\n")
         else:
             sys.stderr.write(
                 f"done: {outcome.run_dir}, step {outcome.step}. Look at it with: iomm report "
                 f"{outcome.run_dir}\n"
             )
-    if outcome.stopped_by is None:
-        return 0
-    return 143 if outcome.stopped_by == "SIGTERM" else 130
+    return 0 if outcome.stopped_by is None else exit_status(outcome.stopped_by)
 
 
 def _sample(arguments: argparse.Namespace) -> int:

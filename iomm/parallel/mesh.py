@@ -106,11 +106,15 @@ class Mesh:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is True on at least one rank."""
+        return bool(self.largest(flag))
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks; exact up to 2^24."""
         if self.world_size == 1:
-            return flag
-        count = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        return bool(count.item())
+            return int(number)
+        largest = torch.tensor(float(number), device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
 
 _current: tuple[ParallelConfig, Mesh] | None = None

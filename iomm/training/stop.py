@@ -1,28 +1,47 @@
-"""Stopping in good order: the first Ctrl-C or SIGTERM finishes the step and saves, a second Ctrl-C stops at
-once."""
+"""Stopping in good order: Ctrl-C, SIGTERM or SIGUSR1 finishes the step and saves; a second Ctrl-C stops at
+once.
 
+SIGUSR1 asks for more than an end: to be launched again (examples/slurm/train.sbatch sends it before the time
+limit and when SLURM preempts the job). SLURM signals every process of a job step, and whom SIGUSR1 surprises
+dies of it: torchrun, a rank that still imports torch, wandb's helper. So the launch script blocks it for all
+of them. A blocked signal is not lost: it stays pending, and is looked up here once a step.
+"""
+
+import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, final
+
+# A launcher that wants to know names a file here; with it a preempted rank exits 0, because torchrun would
+# take 85 for a failure and start the rank again.
+REQUEUE_FILE = "IOMM_REQUEUE_FILE"
+REQUEUE_EXIT = 85
 
 
+@final
 class StopSignal:
     """While entered, remembers a request to stop instead of dying of it. Only the main thread can catch
     signals; elsewhere (a notebook's worker thread) nothing is installed."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self._number = 0
         self._previous: dict[int, Any] = {}
 
+    @property
+    def number(self) -> int:
+        """The signal that asked this process to stop; 0: none did."""
+        return self._number or (signal.SIGUSR1 if signal.SIGUSR1 in signal.sigpending() else 0)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self._number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._number = number
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -31,3 +50,17 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def exit_status(stopped_by: int) -> int:
+    """What a rank exits with that saved and was stopped by a signal; rank 0 also tells the launcher which.
+
+    Returns:
+        128 + n for signal n; for SIGUSR1 85 (SLURM's RequeueExit), or 0 with `IOMM_REQUEUE_FILE`.
+    """
+    file = os.environ.get(REQUEUE_FILE)
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(f"{signal.Signals(stopped_by).name}\n", encoding="utf-8")
+    if stopped_by != signal.SIGUSR1:
+        return 128 + stopped_by
+    return 0 if file else REQUEUE_EXIT

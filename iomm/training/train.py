@@ -4,6 +4,7 @@ Stage 1 has `data.mix_ratio = 1` (images only); stage 2 mixes in pairs and names
 """
 
 import contextlib
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from iomm.parallel.mesh import Mesh, start
 from iomm.system import System, build
 from iomm.training.progress import TrainingProgress
 from iomm.training.run import Run
+from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
 from iomm.training.stop import StopSignal
 from iomm.training.throughput import FlopCount, Stopwatch
@@ -37,7 +39,7 @@ class Outcome:
 
     run_dir: Path
     step: int
-    stopped_by: str | None = None
+    stopped_by: signal.Signals | None = None
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Trainer:
     config: Config
     mesh: Mesh
     run: Run
+    state: StateFile
     encoders: Encoders | None  # on ranks that encode
     system: System
     engine: Engine
@@ -89,6 +92,7 @@ def train(config: Config) -> Outcome:
         bad_samples: deque[BadSampleReport] = deque()
         loader = Loader(config.data, config.train.seed, on_bad=bad_samples.append)
         run = stack.enter_context(Run(config, mesh))
+        state = stack.enter_context(StateFile(config.run_dir, first_step, resume_from, writes=mesh.rank == 0))
         watch = None
         if mesh.is_first_stage and encoders is not None:
             watch = Watch.prepare(config, encoders, loader, mesh)
@@ -96,6 +100,7 @@ def train(config: Config) -> Outcome:
             config=config,
             mesh=mesh,
             run=run,
+            state=state,
             encoders=encoders,
             system=system,
             engine=engine,
@@ -131,17 +136,24 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
         if throughput is not None:
             _log(t, step, result, throughput)
         screen.update(step, result.loss, throughput)
-        stopped = t.mesh.any_rank(stop.name is not None)
-        last = stopped or step == settings.steps
+        stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
+        last = bool(stopped) or step == settings.steps
         with watch.pause():
             _evaluate(t, step, screen, last=step == settings.steps)
             _saving(t, step, screen, t.saver.poll, last=False)
             if last or step % settings.save_every_steps == 0:
                 _save(t, step, screen, last=last)
-        if stopped:
-            t.run.event(step, "stop", stop.name)
-            return Outcome(t.run.dir, step, stop.name or "another rank's signal")
+        if stopped and step < settings.steps:
+            return _stop(t, step, signal.Signals(stopped))
+    t.state.end("done", settings.steps)
     return Outcome(t.run.dir, settings.steps)
+
+
+def _stop(t: Trainer, step: int, by: signal.Signals) -> Outcome:
+    """Leave after a step and its checkpoint, because signal `by` asked for it."""
+    t.run.event(step, "stop", by.name)
+    t.state.end("preempted" if by == signal.SIGUSR1 else "stopped", step, by.name)
+    return Outcome(t.run.dir, step, by)
 
 
 def _batches(t: Trainer) -> Iterator[Dealt]:
@@ -211,6 +223,7 @@ def _check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> No
 
 def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object]) -> None:
     finite = not result.skipped
+    t.state.update(step)
     t.run.log(
         "train",
         step,
@@ -269,3 +282,4 @@ def _saving(
     else:
         if path is not None:
             t.run.event(step, "save", str(path))
+            t.state.saved(path)

@@ -12,6 +12,7 @@ indices and has the same samples.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,6 +122,15 @@ class _Wanted:
     with_caption: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A sample whose bytes a thread is waiting for."""
+
+    shard: str
+    key: str
+    since: float  # time.monotonic()
+
+
 class Loader:
     """Samples by global index. Safe to call from several threads."""
 
@@ -156,6 +166,12 @@ class Loader:
         self._unreadable: set[tuple[ShardSet, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        self._readings: dict[int, Reading] = {}  # by thread
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What threads are reading at this moment; any thread may ask."""
+        return list(self._readings.values())
 
     def size(self, kind: Kind) -> int:
         """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
@@ -305,7 +321,9 @@ class Loader:
         """A sample's image file and caption. None if it is unreadable, reported the first time."""
         if (want.source, want.i) in self._unreadable:
             return None
-        size, limit = want.source[want.i].image_size, self._data.max_image_bytes
+        ref = want.source[want.i]
+        size, limit = ref.image_size, self._data.max_image_bytes
+        self._readings[threading.get_ident()] = Reading(ref.shard, ref.key, time.monotonic())
         try:
             if size > limit:
                 raise BadSample(f"a file of {size} bytes, more than the limit of {limit} bytes")
@@ -314,6 +332,8 @@ class Loader:
         except BadSample as error:
             self._reject(want, error)
             return None
+        finally:
+            del self._readings[threading.get_ident()]
 
     def _reject(self, want: _Wanted, error: BadSample) -> None:
         self._unreadable.add((want.source, want.i))

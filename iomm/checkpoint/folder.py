@@ -6,6 +6,7 @@ saving it
     *.distcp, .metadata, metadata.json    Megatron's sharded format (torch_dist)
 RUN/checkpoints/.tmp_*              being written, or left by a run that died; never read, removed by the
 next save
+RUN/checkpoints/damaged_step_*      could not be read when a run was to go on from it; kept to be looked at
 """
 
 import json
@@ -22,6 +23,7 @@ from iomm.config import Config
 FORMAT_VERSION = 1
 INFO_FILE = "checkpoint.json"
 TEMPORARY = ".tmp_"
+DAMAGED = "damaged_"
 _NAME = re.compile(r"step_(\d{8,})")
 
 # Settings that decide the shapes of the weights or what the network's output means. A run with others may
@@ -43,6 +45,10 @@ _ARCHITECTURE = (
 
 class CheckpointError(Exception):
     """A checkpoint cannot be saved or used; the message says which, why, and the way out."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was saved, so an older one is the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +108,12 @@ def read_info(path: Path) -> CheckpointInfo:
     """
     try:
         data = json.loads((path / INFO_FILE).read_text())
+        if not isinstance(data, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {INFO_FILE}, so it is not a complete checkpoint.") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path / INFO_FILE} cannot be read: {error}. Use an older checkpoint."
         ) from error
     if data.get("format") != FORMAT_VERSION:
@@ -171,6 +179,16 @@ def prune(folder: Path, keep_last: int) -> None:
         shutil.rmtree(doomed)
 
 
+def set_aside(path: Path) -> Path:
+    """Take its name from a damaged checkpoint, so that nobody goes on from it; its files stay, under the returned
+    name."""
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
+
+
 def check_files(info: CheckpointInfo) -> None:
     """Refuse a checkpoint with missing, short or long files.
 
@@ -182,7 +200,7 @@ def check_files(info: CheckpointInfo) -> None:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             problem = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"checkpoint {info.path} is damaged: {name} {problem}. Restore the file or use an "
                 "older checkpoint."
             )

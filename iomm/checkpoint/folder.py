@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 INFO_FILE = "checkpoint.json"
 TEMPORARY = ".tmp_"
 DAMAGED = "damaged_"
+_OLD_COMMON = "common.pt"
 _NAME = re.compile(r"step_(\d{8,})")
 
 # Settings that decide the shapes of the weights or what the network's output means. A run with others may
@@ -190,11 +191,17 @@ def set_aside(path: Path) -> Path:
 
 
 def check_files(info: CheckpointInfo) -> None:
-    """Refuse a checkpoint with missing, short or long files.
+    """Refuse a checkpoint with missing, short or long files, or with one that Megatron would take for its
+    own old kind of common state.
 
     Raises:
         CheckpointError: names the first of them.
     """
+    if (info.path / _OLD_COMMON).exists():
+        raise CheckpointError(
+            f"checkpoint {info.path} has a {_OLD_COMMON}, which iomm never writes and Megatron would load. "
+            "Remove it, or use another checkpoint."
+        )
     for name, size in info.files.items():
         file = info.path / name
         found = file.stat().st_size if file.is_file() else None

@@ -6,6 +6,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from iomm.parallel.mesh import Mesh
 
 
@@ -45,7 +47,8 @@ def raise_together(mesh: Mesh, error: Exception | None) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without notices about Megatron's own ways: that it saves through its older asynchronous code, and that
-    every rank reads its part of a checkpoint for itself."""
+    every rank reads its part of a checkpoint for itself. And with an error as it was raised: torch wraps it
+    for a gathering of ranks, in what is no `Exception`."""
     log = logging.getLogger("megatron.core.dist_checkpointing")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -54,5 +57,8 @@ def quiet() -> Iterator[None]:
             for notice in ("torch.distributed is disabled", "The argument order of load"):
                 warnings.filterwarnings("ignore", message=notice, category=UserWarning)
             yield
+    except CheckpointException as gathered:
+        error, _ = next(iter(gathered.failures.values()))
+        raise error from None
     finally:
         log.setLevel(level)

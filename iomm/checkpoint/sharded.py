@@ -5,17 +5,18 @@ Everything is stored by the name of the weight it belongs to, whole; which rank 
 saved is forgotten. So a checkpoint may be loaded with another layout than it was saved with. Whatever can be
 wrong with one shows before anything is touched, and all ranks raise together.
 
-Trust: the tensors and Megatron's common data are read without unpickling arbitrary objects (`weights_only`).
-The exception is `.metadata`, the table of contents of torch's distributed checkpoints, which torch itself
-unpickles: load checkpoints of people you trust only, and exchange models as safetensors.
+Trust: nothing in a checkpoint is run. Tensors are read with `weights_only`; the table of contents and what is
+no tensor, which torch would unpickle, `contents` reads as data.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from iomm.checkpoint.contents import ContentsReader
 from iomm.checkpoint.folder import (
     CheckpointError,
     CheckpointInfo,
@@ -38,9 +39,16 @@ from iomm.parallel.weights import named_weights, sharded
 cpu.prepare()  # before the first import of Megatron
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import serialization  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import torch as strategy  # noqa: E402
+
+# Where Megatron opens a checkpoint: with torch's reader, which would unpickle what it finds.
+for _module in (serialization, strategy):
+    assert callable(vars(_module)["_get_filesystem_reader"])
+    vars(_module)["_get_filesystem_reader"] = lambda folder, *_, **__: ContentsReader(folder)
 
 __all__ = [
     "CheckpointError",
@@ -72,7 +80,7 @@ def load(path: Path, engine: Engine, config: Config, mesh: Mesh) -> CheckpointIn
     state.pop("fp8", None)
     with quiet():
         on_every_rank(mesh, lambda: _check_state(path, state))
-        loaded: Any = dist_checkpointing.load(state, str(path))
+        loaded = on_every_rank(mesh, lambda: _read(path, state))
         engine.load_sharded_state(loaded | {"fp8": _read_fp8(path, engine.module)})
     return info
 
@@ -103,7 +111,7 @@ def load_weights(
     weights = named_weights(module)
     with quiet():
         state = on_every_rank(mesh, lambda: _targets(path, module, mesh, ema=ema))
-        loaded: Any = dist_checkpointing.load(dict(state), str(path))
+        loaded = on_every_rank(mesh, lambda: _read(path, dict(state)))
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(loaded[name])
@@ -122,6 +130,21 @@ def _open(path: Path, mesh: Mesh) -> CheckpointInfo:
     info = on_rank_0(mesh, read)
     on_every_rank(mesh, lambda: check_names(info))
     return info
+
+
+def _read(path: Path, state: dict[str, Any]) -> Any:
+    """Fill a sharded state dict.
+
+    Raises:
+        CheckpointError: a file that the disk does not give, or that holds something else.
+    """
+    try:
+        with quiet():
+            return dist_checkpointing.load(state, str(path))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error}. Restore it or use an older checkpoint."
+        ) from error
 
 
 def _targets(path: Path, module: nn.Module, mesh: Mesh, *, ema: bool) -> dict[str, ShardedTensor]:

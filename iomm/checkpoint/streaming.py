@@ -5,10 +5,8 @@ torch_dist (a checkpoint of ours, Megatron's sharded format) and safetensors (Hu
 reader that fetches single tensors and a writer that asks for them when their turn comes.
 """
 
-import contextlib
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, override
@@ -17,13 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from iomm.checkpoint.contents import ContentsReader
 from iomm.checkpoint.folder import CheckpointError
+from iomm.checkpoint.ranks import quiet
 
 Get = Callable[[str], Tensor]
 SHARD_BYTES = 1_000_000_000
@@ -55,36 +54,11 @@ class Spec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's notice that one process does this, which is what is meant; and an error as it was
-    raised, not wrapped for a gathering of ranks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            yield
-        except CheckpointException as gathered:
-            error, _ = next(iter(gathered.failures.values()))
-            raise error from None
-
-
-class _Reader(FileSystemReader):
-    """Reads the table of contents once, not once a tensor."""
-
-    _contents: Metadata | None = None
-
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._contents is None:
-            self._contents = super().read_metadata(*args, **kwargs)
-        return self._contents
-
-
 class ShardedReader:
     """Single tensors of a torch_dist checkpoint, whatever layout wrote it. `specs` lists them."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = _Reader(path)
+        self._reader = ContentsReader(path)
         contents = self._reader.read_metadata().state_dict_metadata
         self.specs = {
             name: Spec(tuple(entry.size), entry.properties.dtype)
@@ -96,7 +70,7 @@ class ShardedReader:
         """The whole tensor, in its stored type."""
         spec = self.specs[name]
         state = {name: torch.empty(spec.shape, dtype=spec.dtype)}
-        with _alone():
+        with quiet():
             state_dict_loader.load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
 
@@ -130,7 +104,7 @@ def write_sharded(folder: Path, specs: Mapping[str, Spec], get: Get) -> None:
     # Where Megatron 0.19 looks for what is no tensor: nothing here, but its loader asks.
     state["common_state/shard_0_1"] = [{}]
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=True)
-    with _alone():
+    with quiet():
         state_dict_saver.save(state, storage_writer=writer, planner=_LazyPlanner(get), no_dist=True)
     (folder / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})

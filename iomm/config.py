@@ -175,7 +175,24 @@ class DataConfig:
     pairs: tuple[str, ...] = ()  # shards of which only the captioned samples serve as text-image pairs
     heldout: tuple[str, ...] = ()  # captioned shards no training step sees; for evaluation
     mix_ratio: float = 1.0  # lambda: share of image-only samples; 1 = images only, 0 = pairs only
-    image_px: int = 512  # side of the square training image
+    # Side of the square training image; of evaluation, and of the last stage of a progression.
+    image_px: int = 512
+    # center: the largest part of the wanted shape, resized; random: a part at the image's own resolution.
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False  # exchange left and right in half of the images
+    # Pictures of up to 41 shapes instead of squares, as many latent tokens each; needs indexes.
+    buckets: bool = False
+    # So many consecutive samples have one shape: a multiple of the images of a micro-batch over all ranks.
+    # None: the global batch.
+    bucket_block_images: int | None = None
+    # Stages of resolution, (from_step, image_px): the first from step 0, the last of image_px. Steps are
+    # counted from 0. Empty: image_px from the beginning.
+    progression: tuple[tuple[int, int], ...] = ()
+    # So many samples are shuffled among themselves, as 16 stretches of neighbours from anywhere (data/order).
+    shuffle_block_images: int = 4096
+    # A training caption of more than mllm.max_caption_tokens. skip: no pair, listed in quarantine; error: the
+    # run ends.
+    long_captions: Literal["skip", "error"] = "skip"
     # Keep the frozen encoders' outputs in this folder, by content hash and view, for later epochs and runs;
     # `iomm shard encode` fills it beforehand, best beside the shards. None: encode every time.
     cache_dir: str | None = None
@@ -204,10 +221,33 @@ class DataConfig:
             f"data.max_image_pixels {self.max_image_pixels} and data.max_image_bytes {self.max_image_bytes} "
             "must be at least 1.",
         )
+        self._check_order()
         _require(
             self.cache_dir is None or 0 < len(set(self.cache)) == len(self.cache),
             f"data.cache {list(self.cache)} must name vae, vit or both once where data.cache_dir is set. "
             "Name one, or set data.cache_dir=null.",
+        )
+
+
+    def _check_order(self) -> None:
+        for name in ("shuffle_block_images", "bucket_block_images"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"data.{name} {value} must be at least 1.")
+        _require(
+            self.bucket_block_images is None or self.buckets,
+            f"data.bucket_block_images {self.bucket_block_images} means nothing without buckets. Set "
+            "data.buckets=true, or data.bucket_block_images=null.",
+        )
+        if not self.progression:
+            return
+        steps, sides = [step for step, _ in self.progression], [px for _, px in self.progression]
+        _require(
+            steps[0] == 0 and all(a < b for a, b in zip(steps, steps[1:], strict=False)),
+            f"data.progression begins at steps {steps}: the first must be 0, each later than the one before.",
+        )
+        _require(
+            min(sides) >= 1 and sides[-1] == self.image_px,
+            f"data.progression has sides of {sides} px: the last must be data.image_px, {self.image_px}.",
         )
 
 

@@ -10,6 +10,7 @@ token, H x W pixels.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,9 +34,28 @@ class Normalisation(Protocol):
         """Everything it depends on beside the autoencoder's weights."""
         ...
 
+    @property
+    def log_gain(self) -> float | Tensor:
+        """Logarithm of the factor that `forward` applies, (C,) or one for all."""
+        ...
+
     def forward(self, x_BLC: Tensor) -> Tensor: ...
 
     def inverse(self, x_BLC: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the autoencoder makes of images: normalised latent tokens are distributed N(mean, exp(logvar))."""
+
+    mean_BLC: Tensor
+    logvar_BLC: Tensor | None  # None: the autoencoder is deterministic
+
+    def draw(self, z_BLC: Tensor) -> Tensor:
+        """Latent tokens (B, L, C) for standard normal `z_BLC`."""
+        if self.logvar_BLC is None:
+            return self.mean_BLC
+        return self.mean_BLC + torch.exp(0.5 * self.logvar_BLC) * z_BLC
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,10 @@ class Affine:
     @property
     def identity(self) -> str:
         return f"{self.scale} {self.shift}"
+
+    @property
+    def log_gain(self) -> float:
+        return math.log(abs(self.scale))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         return (x_BLC - self.shift) * self.scale
@@ -63,6 +87,10 @@ class Statistics:
     mean_C: Tensor
     std_C: Tensor
     identity: str
+
+    @property
+    def log_gain(self) -> Tensor:
+        return -torch.log(self.std_C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         return (x_BLC - self.mean_C) / self.std_C
@@ -102,6 +130,7 @@ NORMALISATION: dict[str, Callable[[Any, CodecConfig], Normalisation]] = {
     "AutoencoderKLFlux2": _of_flux2,
     "AutoencoderDC": _of_dc,
 }
+DETERMINISTIC = ("AutoencoderDC",)  # of these, those that give a latent and no distribution
 
 
 class LatentCodec:
@@ -109,9 +138,10 @@ class LatentCodec:
 
     Args:
         vae: on its device.
-        config: the patch.
+        config: the patch, and whether latents are drawn.
     Raises:
-        ValueError: a patch that the autoencoder's statistics are not made for.
+        ValueError: a patch that the autoencoder's statistics are not made for, or latents to be drawn from an
+            autoencoder that gives no distribution.
     """
 
     def __init__(self, vae: Any, config: CodecConfig) -> None:
@@ -122,6 +152,11 @@ class LatentCodec:
         self.normalisation = NORMALISATION[type(vae).__name__](vae, config)
         self.channels: int = vae.config.latent_channels
         self.downsampling = _downsampling(vae)
+        if config.sample and type(vae).__name__ in DETERMINISTIC:
+            raise ValueError(
+                f"codec.sample draws latents from a distribution, but the autoencoder at {config.path} (an "
+                f"{type(vae).__name__}) gives none. Set codec.sample=false."
+            )
 
     @property
     def token_channels(self) -> int:
@@ -145,9 +180,17 @@ class LatentCodec:
             )
         return height_px // self.token_px, width_px // self.token_px
 
-    @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """uint8 RGB images -> normalised latent tokens (B, L, C): the posterior's mean where there is one.
+
+        Raises:
+            ValueError: a side is not a multiple of pixels per token.
+        """
+        return self.moments(image_BCHW).mean_BLC
+
+    @torch.no_grad()
+    def moments(self, image_BCHW: Tensor) -> Moments:
+        """uint8 RGB images -> mean and log-variance of their normalised latent tokens.
 
         Raises:
             ValueError: a side is not a multiple of pixels per token.
@@ -155,8 +198,11 @@ class LatentCodec:
         height_px, width_px = image_BCHW.shape[-2:]
         self.grid(height_px, width_px)
         out = self.vae.encode(image_BCHW.to(self.device, self.dtype) / 127.5 - 1)
-        latent = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent
-        return self.normalisation.forward(patchify(latent, self.patch))
+        if not hasattr(out, "latent_dist"):
+            return Moments(self.normalisation.forward(patchify(out.latent, self.patch)), None)
+        mean_BLC = self.normalisation.forward(patchify(out.latent_dist.mode(), self.patch))
+        logvar_BLC = patchify(out.latent_dist.logvar, self.patch) + 2 * self.normalisation.log_gain
+        return Moments(mean_BLC, logvar_BLC)
 
     @torch.no_grad()
     def decode(self, x_BLC: Tensor, grid: Grid | None = None) -> Tensor:

@@ -3,19 +3,20 @@
 B samples, L latent tokens of C numbers, N patch tokens of F numbers (deepstack features included).
 """
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from iomm.autoencoder import open_codec
+from iomm.autoencoder import Moments, open_codec
 from iomm.conditioning.mllm import open_mllm
 from iomm.conditioning.prompts import PrefixBuilder
 from iomm.config import Config
-from iomm.data.cache import FeatureCache
+from iomm.data.cache import FeatureCache, feature_key
 from iomm.data.loader import Batch
+from iomm.data.view import View
 from iomm.flow.path import Grid
 from iomm.parallel.engine import DTYPES
 from iomm.random import Stream, normal
@@ -42,13 +43,14 @@ class Encoded:
     """A batch behind the frozen encoders."""
 
     batch: Batch
-    latent_BLC: Tensor  # clean, normalised
+    latent_BLC: Tensor  # clean, normalised: the mean, where the autoencoder gives a distribution
     patches_BNF: Tensor  # the MLLM's patch tokens, before masking
     grid: Grid  # of the latent tokens
+    logvar_BLC: Tensor | None = None  # of the latents, where training draws them (codec.sample)
 
 
 class Encoders:
-    """The frozen parts. With `data.cache_dir`, latents and patch tokens are kept by content hash."""
+    """The frozen parts. With `data.cache_dir`, their outputs are kept by content hash and view."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         dtype = DTYPES[config.train.precision]
@@ -63,12 +65,28 @@ class Encoders:
                 f"the autoencoder at {config.codec.path} has {self.codec.token_channels} numbers in a token, "
                 f"generator.token_channels is {config.generator.token_channels}. Make them equal."
             )
-        self.cache: FeatureCache | None = None
-        if config.data.cache_dir is not None:
-            parts = f"{self.codec.identity()} {self.mllm.vision_identity()} {config.data.image_px}"
-            self.cache = FeatureCache(
-                Path(config.data.cache_dir), hashlib.sha256(parts.encode()).hexdigest()[:16]
+        self._moments = ("mean", "logvar") if config.codec.sample else ("mean",)
+        self.caches = self._open_caches(config)
+
+    def _open_caches(self, config: Config) -> dict[str, FeatureCache]:
+        """By encoder; a cache lasts as long as its own encoder does not change."""
+        data = config.data
+        if data.cache_dir is None:
+            return {}
+        dtype = torch.bfloat16 if data.cache_precision == "bf16" else None
+        known = {
+            "vae": (self.codec.identity(), self._moments),
+            "vit": (self.mllm.vision_identity(), ("patches",)),
+        }
+        return {
+            encoder: FeatureCache(
+                Path(data.cache_dir),
+                f"{encoder}-{known[encoder][0]}-{data.cache_precision}",
+                known[encoder][1],
+                dtype=dtype,
             )
+            for encoder in data.cache
+        }
 
     @property
     def shapes(self) -> Shapes:
@@ -86,18 +104,49 @@ class Encoders:
                 _ = caption is None or self.mllm.tokenize(caption)
             except ValueError as error:
                 raise ValueError(f"sample {key}: {error}") from error
+        moments, patches = self._encode("vae", batch), self._encode("vit", batch)["patches"]
+        to = {"device": self.codec.device, "dtype": self.codec.dtype}
+        logvar_BLC = moments["logvar"].to(**to) if "logvar" in moments else None
         grid = self.codec.grid(*batch.size_px)
-        if self.cache is None:
-            latent_BLC, patches_BNF = self.codec.encode(batch.image_BCHW), self.mllm.vision(batch.image_BCHW)
-            return Encoded(batch, latent_BLC, patches_BNF, grid)
-        for content_hash in self.cache.missing(batch.hashes):
-            # One by one, so that a kept value does not depend on which images happened to share its batch.
-            image_1CHW = batch.image_BCHW[batch.hashes.index(content_hash), None]
-            latent, patches = self.codec.encode(image_1CHW)[0], self.mllm.vision(image_1CHW)[0]
-            self.cache.put({content_hash: {"latent": latent.cpu(), "patches": patches.cpu()}})
-        kept = self.cache.get(batch.hashes)
-        device = self.codec.device
-        return Encoded(batch, kept["latent"].to(device), kept["patches"].to(device), grid)
+        patches_BNF = patches.to(self.mllm.device, self.mllm.dtype)
+        return Encoded(batch, moments["mean"].to(**to), patches_BNF, grid, logvar_BLC)
+
+    def _encode(self, encoder: str, batch: Batch, at_once: int = 1) -> Mapping[str, Tensor]:
+        """The outputs of one encoder, (B, L, C) each, from its cache as far as they are there."""
+        outputs = {"vae": self._latents, "vit": self._patches}[encoder]
+        if encoder not in self.caches:
+            return outputs(batch.image_BCHW)
+        height_px, width_px = batch.size_px
+        view = View(width_px, height_px).name
+        keys = [feature_key(content_hash, view) for content_hash in batch.hashes]
+        image = batch.image_BCHW
+        return self.caches[encoder].get(keys, lambda places: outputs(image[places]), at_once=at_once)
+
+    def _latents(self, image_BCHW: Tensor) -> dict[str, Tensor]:
+        moments = self.codec.moments(image_BCHW)
+        found = {"mean": moments.mean_BLC, "logvar": moments.logvar_BLC}
+        return {name: value for name in self._moments if (value := found[name]) is not None}
+
+    def _patches(self, image_BCHW: Tensor) -> dict[str, Tensor]:
+        return {"patches": self.mllm.vision(image_BCHW)}
+
+    def training_latent(self, item: Encoded, seed: int) -> Tensor:
+        """Latent tokens (B, L, C) that a training step shows: the mean, or with `codec.sample` a draw that is
+        a function of (seed, global sample index)."""
+        if item.logvar_BLC is None:
+            return item.latent_BLC
+        z_BLC = self.noise(seed, Stream.POSTERIOR, item.batch.index_B, item.grid)
+        return Moments(item.latent_BLC, item.logvar_BLC).draw(z_BLC)
+
+    def flush_caches(self) -> None:
+        """Write what the caches hold in memory, and find what other ranks wrote.
+
+        Raises:
+            OSError: a part could not be written (a full disk). It stays in memory.
+        """
+        for cache in self.caches.values():
+            cache.flush()
+            cache.refresh()
 
     def noise(self, seed: int, stream: Stream, index_B: Tensor, grid: Grid | None = None) -> Tensor:
         """Standard normal (B, L, C) of these sample indices; `grid` None: that of data.image_px."""

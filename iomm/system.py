@@ -327,7 +327,8 @@ def micro_batch(system: System, encoders: Encoders, item: Encoded) -> MicroBatch
     assert system.conditioner is not None
     attend_BT = system.conditioner.attend(prefix)
     tokens = system.config.condition.queries if attend_BT is None else attend_BT.shape[1]
-    return MicroBatch(index_B, item.latent_BLC, item.grid, tokens, attend_BT, prefix)
+    latent_BLC = encoders.training_latent(item, seed)
+    return MicroBatch(index_B, latent_BLC, item.grid, tokens, attend_BT, prefix)
 
 
 def training_loss(system: System, encoders: Encoders, item: Encoded) -> Tensor:

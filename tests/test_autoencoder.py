@@ -8,6 +8,7 @@ import torch
 
 from iomm.autoencoder import open_codec
 from iomm.config import CodecConfig
+from iomm.flow.path import patchify
 from tests.tiny_models import save_dc_ae, save_flux2_vae, save_vae
 
 CPU = torch.device("cpu")
@@ -176,3 +177,22 @@ def test_a_hub_name_that_cannot_be_had_is_an_error_of_one_line():
     ) as error:
         open_codec(CodecConfig(path="nobody/none"), torch.float32, CPU)
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_a_draw_is_diffusers_draw_of_the_latent_normalised(folders, name):
+    codec, image = opened(folders, name), images(count=1)
+    moments = codec.moments(image)
+    assert torch.equal(moments.mean_BLC, codec.encode(image))
+    there = codec.vae.encode(pixels(image)).latent_dist
+    z = torch.randn_like(there.mean)
+    theirs = codec.normalisation.forward(patchify(there.mean + there.std * z, 2))
+    torch.testing.assert_close(moments.draw(patchify(z, 2)), theirs, rtol=1e-12, atol=1e-12)
+    assert (theirs - moments.mean_BLC).abs().max() > 1e-3
+
+
+def test_an_autoencoder_without_a_distribution_has_no_log_variance_and_cannot_be_drawn_from(folders):
+    assert opened(folders, "dc_ae").moments(images()).logvar_BLC is None
+    with pytest.raises(ValueError, match="AutoencoderDC.* gives none. Set codec.sample=false"):
+        open_codec(CodecConfig(path=str(folders["dc_ae"]), patch=1, sample=True), torch.float32, CPU)

@@ -1,52 +1,78 @@
-"""Frozen encoders' outputs, kept between epochs and runs: latents, ViT features.
+"""Frozen encoders' outputs, kept between epochs and runs: the autoencoder's moments, the ViT's patch tokens.
 
-    folder/<identity>/part-<id>.safetensors     each output stacked over the part's samples: (N, ...)
+    folder/<identity>/part-<id>.safetensors     rows of (L, C) by key, `feature_shards.py`
 
-The key is the content hash of the image file, so a renamed, moved or re-packed image is found again and a
-changed one is not. The identity stands for everything else that the outputs depend on (weights, resolution,
-preprocessing); another identity is another sub-folder. Parts are written whole or not at all and never
-changed, so several ranks may share the folder.
+The key is the content hash of the image file together with the view, so a renamed, moved or re-packed image
+is found again and a changed or differently cropped one is not. The identity stands for what else the outputs
+depend on (weights, preprocessing, precision); another identity is another sub-folder. Parts are written whole
+or not at all and never changed, so several ranks and runs may share the folder.
 
-B is the number of samples asked for.
+In memory are 16 bytes a row, and what is not yet written; rows are read as they are used, not mapped.
+
+B samples of L tokens of C numbers; N rows of all parts.
 """
 
 import hashlib
-import json
 import logging
-import os
 import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from numpy.typing import NDArray
 from torch import Tensor
 
+from iomm.data.feature_shards import SUFFIX, DamagedRow, Layout, Part, Row, TornPart, layout_of, write_part
 from iomm.data.hashing import cache_key
+from iomm.data.stores import is_remote
 
-__all__ = ["FeatureCache", "cache_key"]
+__all__ = ["FeatureCache", "cache_key", "feature_key"]
 
+PART_BYTES = 512 << 20  # a part is written when it has as much; it is held in memory until then
+_READERS = 8  # threads that read the rows of a batch
 _log = logging.getLogger(__name__)
 
 
-class FeatureCache:
-    """Outputs by content hash. All of it is in memory after opening; size the host for that.
+def feature_key(content_hash: str, view: str) -> str:
+    """Key of what is shown of an image: 32 hexadecimal digits."""
+    return hashlib.sha256(f"{content_hash} {view}".encode()).hexdigest()[:32]
 
-    `put` is seen by `get` at once and by other processes after `flush` here and `refresh` there.
+
+class FeatureCache:
+    """Encoder outputs by key.
+
+    What is `put` is found at once, and by other processes after `flush` here and `refresh` there. One thread
+    uses it; it reads with several.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        """Open, creating the sub-folder if there is none, and read every part.
+    def __init__(
+        self,
+        folder: Path,
+        identity: str,
+        outputs: Sequence[str],
+        *,
+        dtype: torch.dtype | None = None,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        """Open, creating the sub-folder if there is none, and read the keys of every part.
 
         Args:
-            folder: shared by all identities.
-            identity: name of the sub-folder, e.g. a hash of the encoders' weights and preprocessing.
+            folder: shared by all identities; on a file system of this machine.
+            identity: name of the sub-folder, e.g. a hash of the encoder's weights and preprocessing.
+            outputs: names of those that are wanted. Parts that lack one count as absent.
+            dtype: in which values are kept; None: as they come.
+            part_bytes: size of a part.
 
         Raises:
-            ValueError: an identity that is no plain folder name.
+            ValueError: a folder in an object store, or an identity that is no plain folder name.
         """
+        if is_remote(str(folder)):
+            raise ValueError(
+                f"the feature cache cannot lie in an object store ({folder}): it is written while training "
+                "reads it. Set data.cache_dir to a folder of a file system that all ranks see."
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", identity):
             raise ValueError(
                 f"cache identity {identity!r} must be a plain folder name of letters, digits, '.', '_' "
@@ -54,151 +80,225 @@ class FeatureCache:
             )
         self.folder = Path(folder) / identity
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._entries: dict[str, dict[str, Tensor]] = {}
-        self._pending: list[str] = []
-        self._read_parts: set[str] = set()
+        self._outputs, self._dtype, self._part_bytes = tuple(outputs), dtype, part_bytes
+        self._layout: Layout = {}
+        self._parts: list[Part] = []
+        self._seen: set[str] = set()  # names of parts, readable or not
+        self._index = _KeyIndex()
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
+        self._damaged: set[tuple[Path, int]] = set()  # rows
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Rows that can be found, a key that two parts have counted twice."""
+        return len(self._index) + len(self._pending)
 
     def refresh(self) -> None:
-        """Read the parts that other processes wrote since; a torn one is left out, with a log warning."""
-        for path in sorted(self.folder.glob("part-*.safetensors")):
-            if path.name in self._read_parts:
-                continue
-            self._read_parts.add(path.name)
-            try:
-                part = _read_part(path)
-            except _TornPart as error:
-                _log.warning("feature cache: ignored %s: %s. Its samples are encoded again.", path, error)
-                continue
-            self._check_layout(part)
-            self._entries = part | self._entries
+        """Find the parts that other processes wrote since; a torn one is left out, with a log warning."""
+        paths = [path for path in self.folder.glob(f"part-*{SUFFIX}") if path.name not in self._seen]
+        if paths:
+            with ThreadPoolExecutor(_READERS) as pool:
+                self._add(list(pool.map(_open, sorted(paths))))
+            self._seen.update(path.name for path in paths)
 
-    def missing(self, hashes: Sequence[str]) -> list[str]:
-        """Those of `hashes` that are not in the cache, each once, in order."""
-        return [hash_ for hash_ in dict.fromkeys(hashes) if hash_ not in self._entries]
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that are not in the cache, each once, in order."""
+        return [key for key in dict.fromkeys(keys) if not self._has(key)]
 
-    def put(self, outputs_by_hash: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Add samples: for each content hash its outputs by name. Tensors are copied to the CPU; known hashes
+    def put(self, rows: Mapping[str, Row]) -> None:
+        """Add rows: for each key its outputs by name, (L, C) each. Tensors are copied to the CPU; known keys
         are left as they are.
 
-        Raises:
-            ValueError: other names, shapes or dtypes than the samples already here. Nothing of the call is
-                added then.
-        """
-        new = {hash_: outputs_by_hash[hash_] for hash_ in self.missing(list(outputs_by_hash))}
-        self._check_layout(new)
-        for hash_, outputs in new.items():
-            self._entries[hash_] = {
-                name: value.detach().to("cpu", copy=True).contiguous() for name, value in outputs.items()
-            }
-            self._pending.append(hash_)
-
-    def get(self, hashes: Sequence[str]) -> dict[str, Tensor]:
-        """The outputs of samples, by name: each of shape (B, ...), on the CPU, a copy.
+        A part that is full is written first. If that fails (a full disk), a warning is logged and its rows
+        are given up: they will be encoded again.
 
         Raises:
-            KeyError: a hash that is not in the cache.
-            ValueError: no hash given.
+            ValueError: other names, numbers in a token or dtypes than the rows already here. Nothing of the
+                call is added then.
         """
-        if not hashes:
-            raise ValueError("no content hash was given; a batch has at least one sample.")
-        if absent := self.missing(hashes):
-            raise KeyError(
-                f"{len(absent)} of {len(hashes)} samples are not in the feature cache {self.folder}, such "
-                f"as {absent[0]}. "
-                "Encode what missing() lists and put() it first."
+        new = {key: self._kept(rows[key]) for key in self.missing(list(rows))}
+        layout = self._layout
+        for key, row in new.items():
+            layout = layout or layout_of(row)
+            self._check_layout(f"row {key}", layout_of(row), layout)
+        if self._pending_bytes >= self._part_bytes:
+            self._flush_or_give_up()
+        self._layout = layout
+        self._pending |= new
+        self._pending_bytes += sum(value.nbytes for row in new.values() for value in row.values())
+
+    def find(self, keys: Sequence[str]) -> dict[str, Row]:
+        """The rows of those of `keys` that are here: by key, outputs by name, (L, C) each, on the CPU.
+
+        A damaged row is not here, with a log warning.
+        """
+        wanted = list(dict.fromkeys(keys))
+        with ThreadPoolExecutor(_READERS) as pool:
+            rows = pool.map(self._read, wanted)
+            return {key: row for key, row in zip(wanted, rows, strict=True) if row is not None}
+
+    def get(
+        self, keys: Sequence[str], encode: Callable[[list[int]], Mapping[str, Tensor]], *, at_once: int = 1
+    ) -> dict[str, Tensor]:
+        """The outputs of a batch, stacked: by name (B, L, C), on the CPU, in the dtype they are kept in.
+
+        Args:
+            keys: of the B samples.
+            encode: from positions in the batch to their outputs by name, (positions, L, C). Called for those
+                that are not here, which are then put.
+            at_once: positions a call. With 1 a value that is kept does not depend on which images happened
+                to share its batch.
+
+        Raises:
+            ValueError: as in `put`.
+        """
+        rows = self.find(keys)
+        absent = [keys.index(key) for key in dict.fromkeys(keys) if key not in rows]
+        for first in range(0, len(absent), at_once):
+            places = absent[first : first + at_once]
+            encoded = {name: value.cpu() for name, value in encode(places).items()}
+            self.put(
+                {
+                    keys[place]: {name: encoded[name][n] for name in self._outputs}
+                    for n, place in enumerate(places)
+                }
             )
-        rows = [self._entries[hash_] for hash_ in hashes]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            rows |= {keys[place]: self._pending[keys[place]] for place in places}
+        return {name: torch.stack([rows[key][name] for key in keys]) for name in self._outputs}
 
     def flush(self) -> Path | None:
         """Write what was put since the last flush as one new part, and return its path; None if there is
         nothing.
 
         Raises:
-            OSError: the part could not be written (a full disk). The samples stay in memory and in the next
+            OSError: the part could not be written (a full disk). The rows stay in memory and in the next
                 flush.
         """
         if not self._pending:
             return None
-        stacked = self.get(self._pending)
         name = hashlib.sha256("".join(self._pending).encode()).hexdigest()[:24]
-        path = self.folder / f"part-{name}.safetensors"
-        hashes = json.dumps(self._pending)
-        _write_atomically(path, save(stacked, {"hashes": hashes, "crc32": _checksum(hashes, stacked)}))
-        self._read_parts.add(path.name)
-        self._pending = []
+        path = self.folder / f"part-{name}{SUFFIX}"
+        write_part(path, self._pending)
+        self._seen.add(path.name)
+        self._add([_open(path)])
+        self._pending, self._pending_bytes = {}, 0
         return path
 
-    def _check_layout(self, samples: Mapping[str, Mapping[str, Tensor]]) -> None:
-        expected = _layout(next(iter((self._entries or samples).values()), {}))
-        for hash_, outputs in samples.items():
-            if (layout := _layout(outputs)) != expected:
-                raise ValueError(
-                    f"feature cache {self.folder}: sample {hash_} has outputs {_describe(layout)}, the "
-                    "others "
-                    f"{_describe(expected)}. One identity has one layout: let the identity name what differs."
-                )
+    def _flush_or_give_up(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            _log.warning(
+                "feature cache %s: a part could not be written (%s); its %d samples will be encoded again.",
+                self.folder,
+                error,
+                len(self._pending),
+            )
+            self._pending, self._pending_bytes = {}, 0
+
+    def _add(self, opened: Sequence[tuple[Part, NDArray[np.void]] | None]) -> None:
+        """Take parts in that were opened, with their keys."""
+        usable: list[Part] = []
+        keys: list[NDArray[np.void]] = []
+        for part, keys_N in filter(None, opened):
+            if lacking := [name for name in self._outputs if name not in part.layout]:
+                _log.info("feature cache: %s has no %s, left out", part.path, ", ".join(lacking))
+                continue
+            wanted = {name: part.layout[name] for name in self._outputs}
+            self._layout = self._layout or wanted
+            self._check_layout(str(part.path), wanted, self._layout)
+            usable.append(part)
+            keys.append(keys_N)
+        self._index.add(keys, len(self._parts))
+        self._parts += usable
+
+    def _has(self, key: str) -> bool:
+        return key in self._pending or any(True for _ in self._places(key))
+
+    def _places(self, key: str) -> Iterator[tuple[Part, int]]:
+        """Where a key stands, undamaged as far as is known; in several parts if several ranks encoded it."""
+        for p, n in self._index.find(key):
+            part = self._parts[p]
+            if (part.path, n) in self._damaged:
+                continue
+            try:
+                if part.key(n) == key:
+                    yield part, n
+            except DamagedRow as error:
+                self._note_damage(part, n, error)
+
+    def _read(self, key: str) -> Row | None:
+        if (row := self._pending.get(key)) is not None:
+            return row
+        for part, n in self._places(key):
+            try:
+                return part.read(n, self._outputs)
+            except DamagedRow as error:
+                self._note_damage(part, n, error)
+        return None
+
+    def _note_damage(self, part: Part, n: int, error: DamagedRow) -> None:
+        self._damaged.add((part.path, n))
+        _log.warning("feature cache: %s. Unless another part has it, the sample is encoded again.", error)
+
+    def _kept(self, row: Row) -> dict[str, Tensor]:
+        return {
+            name: value.detach().to("cpu", self._dtype or value.dtype, copy=True).contiguous()
+            for name, value in row.items()
+        }
+
+    def _check_layout(self, what: str, found: Layout, expected: Layout) -> None:
+        if found != expected:
+            raise ValueError(
+                f"feature cache {self.folder}: {what} has outputs {_describe(found)}, the others "
+                f"{_describe(expected)}. One identity has one layout: let the identity name what differs."
+            )
 
 
-_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+class _KeyIndex:
+    """Where each of N keys stands: 16 bytes a key."""
+
+    def __init__(self) -> None:
+        self._head_N: NDArray[np.uint64] = np.empty(0, np.uint64)  # first half of the key, sorted
+        self._part_N: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._row_N: NDArray[np.uint32] = np.empty(0, np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._head_N)
+
+    def add(self, keys: Sequence[NDArray[np.void]], first_part: int) -> None:
+        """The keys of parts first_part, first_part + 1, ..."""
+        if not keys:
+            return
+        heads = [_head(keys_N) for keys_N in keys]
+        parts = [np.full(len(h), first_part + p, np.uint32) for p, h in enumerate(heads)]
+        rows = [np.arange(len(h), dtype=np.uint32) for h in heads]
+        head_N = np.concatenate([self._head_N, *heads])
+        order_N = np.argsort(head_N, kind="stable")
+        self._head_N = head_N[order_N]
+        self._part_N = np.concatenate([self._part_N, *parts])[order_N]
+        self._row_N = np.concatenate([self._row_N, *rows])[order_N]
+
+    def find(self, key: str) -> list[tuple[int, int]]:
+        """Part and row of each key that has the same first half."""
+        head = np.uint64(int.from_bytes(bytes.fromhex(key)[:8], "little"))
+        first, end = (int(np.searchsorted(self._head_N, head, side)) for side in ("left", "right"))
+        return [(int(self._part_N[i]), int(self._row_N[i])) for i in range(first, end)]
 
 
-class _TornPart(Exception):
-    pass
+def _head(keys_N: NDArray[np.void]) -> NDArray[np.uint64]:
+    return keys_N.view(np.dtype("<u8")).reshape(-1, 2)[:, 0].astype(np.uint64)
 
 
-def _layout(outputs: Mapping[str, Tensor]) -> _Layout:
-    return {name: (tuple(value.shape), value.dtype) for name, value in outputs.items()}
-
-
-def _describe(layout: _Layout) -> str:
-    return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sorted(layout.items())) or "none"
-
-
-def _checksum(hashes: str, stacked: Mapping[str, Tensor]) -> str:
-    """CRC-32 over the hashes and all outputs in order of name.
-
-    A file of the right length can still hold zeros after a power cut.
-    """
-    value = zlib.crc32(hashes.encode())
-    for name in sorted(stacked):
-        value = zlib.crc32(stacked[name].contiguous().flatten().view(torch.uint8).numpy().data, value)
-    return str(value)
-
-
-def _read_part(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Samples of one part by content hash.
-
-    Raises:
-        _TornPart: incomplete or damaged.
-    """
+def _open(path: Path) -> tuple[Part, NDArray[np.void]] | None:
     try:
-        with safe_open(path, framework="pt") as part:
-            metadata = part.metadata() or {}
-            # A copy, because the reader maps the file: a part must not change under us once it is checked.
-            stacked: dict[str, Tensor] = {name: part.get_tensor(name).clone() for name in part.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _TornPart(f"torn or unreadable ({error})") from error
-    hashes = metadata.get("hashes", "")
-    if metadata.get("crc32") != _checksum(hashes, stacked):
-        raise _TornPart("torn or damaged (its checksum does not match its contents)")
-    return {
-        hash_: {name: rows[i] for name, rows in stacked.items()} for i, hash_ in enumerate(json.loads(hashes))
-    }
+        return Part.open(path)
+    except TornPart as error:
+        what = "feature cache: ignored %s: torn or damaged: %s. Its samples are encoded again."
+        _log.warning(what, path, error)
+        return None
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Put a whole file in place, or nothing. The process number keeps two writers of one part apart."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _describe(layout: Layout) -> str:
+    return ", ".join(f"{name} (L, {c}) {dtype}" for name, (dtype, c) in sorted(layout.items())) or "none"

@@ -57,7 +57,7 @@ def count_step_flops(
 ) -> StepFlops:
     """Counts on one blank image sample of this (height, width). Encoders whose outputs are cached count
     nothing."""
-    device, cached = encoders.codec.device, encoders.cache is not None
+    device, cached = encoders.codec.device, encoders.caches
     image = torch.zeros(1, 3, *size_px, dtype=torch.uint8, device=device)
     rows, columns = encoders.codec.grid(*size_px)
     counted: dict[str, int] = {}
@@ -75,8 +75,8 @@ def count_step_flops(
     return StepFlops(
         generator=3 * generator_forward_flops(config.generator, rows * columns, tokens),
         mllm=condition.prefix + condition.trained,
-        vit=0 if cached else counted["vit"],
-        vae=0 if cached else counted["vae"],
+        vit=0 if "vit" in cached else counted["vit"],
+        vae=0 if "vae" in cached else counted["vae"],
     )
 
 

@@ -256,9 +256,9 @@ def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) ->
 def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
     """Write a checkpoint, or begin to. A failure (full disk) ends the run only if it was to be the last
     one."""
-    if t.encoders is not None and t.encoders.cache is not None:
+    if t.encoders is not None:
         try:
-            t.encoders.cache.flush()
+            t.encoders.flush_caches()
         except OSError as error:  # it stays in memory, and the next flush tries again
             t.run.event(step, "cache_not_written", str(error))
             screen.say(f"step {step}  feature cache not written, training goes on: {error}")

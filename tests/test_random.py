@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iomm.random import Stream, normal, permute, philox4x32, uniform, words
+from iomm.random import Stream, normal, permute, philox4x32, uniform, words, words_of
 
 
 def test_philox_gives_the_published_known_answers():
@@ -24,6 +24,11 @@ def test_draws_do_not_depend_on_the_batch_they_are_made_in():
     together = normal(9, Stream.NOISE, index, 11)
     for i in range(3):
         assert torch.equal(normal(9, Stream.NOISE, index[i : i + 1], 11)[0], together[i])
+
+
+@given(seed=st.integers(0, 2**64 - 1), stream=st.sampled_from(list(Stream)), index=st.integers(0, 2**63 - 1))
+def test_plain_integers_draw_the_same_words(seed, stream, index):
+    assert list(words_of(seed, stream, index)) == words(seed, stream, torch.tensor([index]), 4)[0].tolist()
 
 
 def test_a_longer_draw_begins_with_the_shorter_one():

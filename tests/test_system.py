@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from iomm.data.loader import Batch
+from iomm.data.view import View
 from iomm.encoders import Encoders, Shapes
 from iomm.flow.path import grid_positions
 from iomm.model.init import initialize
@@ -48,6 +49,7 @@ def batch() -> Batch:
         captions=(None, "red ball", None),
         image_BCHW=torch.randint(0, 256, (3, 3, IMAGE_PX, IMAGE_PX), dtype=torch.uint8),
         hashes=("ha", "hb", "hc"),
+        views=(View(IMAGE_PX, IMAGE_PX),) * 3,
     )
 
 

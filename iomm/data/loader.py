@@ -1,10 +1,7 @@
 """Global sample indices to decoded batches, in order, with prefetch, and with exact resume for free.
 
-B = samples of a batch, C = 3 channels, H = W = data.image_px.
-
-    index -> mixture: image or pair, and its position in that source
-          -> epoch = position // n, sample = permute(position % n; seed, epoch)     (no list is held)
-          -> read, decode
+    index -> the schedule: which image, what of it, which caption
+          -> read, decode; an image that cannot be used is replaced by the next one of its order
 
 Nothing here depends on the rank, the number of threads or what was asked for before: `Loader.sample(index)`
 is a function of the shards, the configuration and the seed. A run that resumes at step s asks for step s's
@@ -12,104 +9,25 @@ indices and has the same samples.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from iomm.config import DataConfig
+from iomm.data.batch import Batch, Sample, global_batch_indices
 from iomm.data.cache import cache_key
 from iomm.data.decode import PillowDecoder
 from iomm.data.decoder import Decoder, open_decoder
 from iomm.data.errors import BadSample, BadSampleReport
-from iomm.data.mixture import Kind, draw
-from iomm.data.shards import ShardSet
+from iomm.data.mixture import Kind
+from iomm.data.schedule import Schedule
+from iomm.data.shards import SampleRef, ShardSet
 from iomm.data.view import View
-from iomm.random import permute
 
-_PAIR_ORDER = 0x9E3779B9  # sets the order of pairs apart from that of images, which often are the same shards
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One decoded sample."""
-
-    index: int  # global sample index; in a held-out batch the position there
-    key: str  # the sample key in its shard
-    content_hash: str  # `cache_key` of the image file
-    image_CHW: Tensor  # uint8
-    caption: str | None  # None for an image-only sample, even if its shard has a caption
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """B samples stacked, in the order of the indices asked for."""
-
-    index_B: Tensor  # int64, on the CPU
-    keys: tuple[str, ...]
-    hashes: tuple[str, ...]
-    image_BCHW: Tensor  # uint8; on the CPU, or where DALI decoded it
-    captions: tuple[str | None, ...]
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """(height, width) of all its images."""
-        height, width = self.image_BCHW.shape[2:]
-        return height, width
-
-    @staticmethod
-    def stack(samples: Sequence[Sample]) -> "Batch":
-        """A batch of at least one sample."""
-        return Batch(
-            index_B=torch.tensor([s.index for s in samples], dtype=torch.int64),
-            keys=tuple(s.key for s in samples),
-            hashes=tuple(s.content_hash for s in samples),
-            image_BCHW=torch.stack([s.image_CHW for s in samples]),
-            captions=tuple(s.caption for s in samples),
-        )
-
-    def take(self, rows: Sequence[int]) -> "Batch":
-        """The samples at these positions of the batch, in their order."""
-        return Batch(
-            index_B=self.index_B[list(rows)],
-            keys=tuple(self.keys[i] for i in rows),
-            hashes=tuple(self.hashes[i] for i in rows),
-            image_BCHW=self.image_BCHW[list(rows)],
-            captions=tuple(self.captions[i] for i in rows),
-        )
-
-
-def global_batch_indices(
-    step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
-) -> list[list[int]]:
-    """Global sample indices of one rank's micro-batches at one step.
-
-    Step s covers [s * global_batch, (s + 1) * global_batch). Each micro-batch covers micro_batch * dp_size
-    consecutive samples, of which rank r takes the r-th slice, so all ranks together see the same samples
-    whatever the split.
-
-    Raises:
-        ValueError: global_batch is not divisible by micro_batch * dp_size, or a number is out of range.
-    """
-    if step < 0 or min(global_batch, micro_batch, dp_size) < 1 or not 0 <= dp_rank < dp_size:
-        raise ValueError(
-            f"step {step}, global batch {global_batch}, micro-batch {micro_batch}, data-parallel rank "
-            f"{dp_rank} of {dp_size}: the step must not be negative, sizes must be at least 1, and "
-            "the rank must lie in [0, dp_size)."
-        )
-    across = micro_batch * dp_size
-    if global_batch % across:
-        raise ValueError(
-            f"global batch {global_batch} is not divisible by micro-batch * data-parallel size = "
-            f"{micro_batch}*{dp_size} = {across}. "
-            "Change train.global_batch_images or train.micro_batch_images, or launch another number of ranks."
-        )
-    starts = range(step * global_batch + dp_rank * micro_batch, (step + 1) * global_batch, across)
-    return [list(range(start, start + micro_batch)) for start in starts]
+__all__ = ["Batch", "Loader", "Sample", "global_batch_indices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,31 +37,37 @@ class _Wanted:
     index: int
     source: ShardSet
     i: int  # in the source
+    view: View
     with_caption: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A sample whose bytes a thread is waiting for."""
-
-    shard: str
-    key: str
-    since: float  # time.monotonic()
 
 
 class Loader:
     """Samples by global index. Safe to call from several threads."""
 
-    def __init__(self, data: DataConfig, seed: int, *, on_bad: Callable[[BadSampleReport], None]) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        *,
+        on_bad: Callable[[BadSampleReport], None],
+        global_batch_images: int | None = None,
+        token_px: int | None = None,
+        tokenize: Callable[[str], object] | None = None,
+    ) -> None:
         """Open the shards that the run will draw from, so that a missing one is said before training starts.
 
         Args:
             data: shards, mix ratio, image side, decoding threads.
-            seed: of the order of samples.
+            seed: of the order of samples, of crops, flips and the choice of captions.
             on_bad: told of each unreadable sample once. Called from decoding threads, one call at a time.
+            global_batch_images: samples of a step; needed for a progression, and the default block of
+                buckets.
+            token_px: pixels a side of a latent token; needed for buckets.
+            tokenize: raises ValueError for a caption that the MLLM does not take. With
+                data.long_captions=skip such a pair is a bad sample.
 
         Raises:
-            FileNotFoundError, ValueError: as in `ShardSet.open`; or a setting out of range.
+            FileNotFoundError, ValueError: as in `ShardSet.open` and `Schedule`; or a setting out of range.
         """
         if data.decode_threads < 1:
             raise ValueError(f"data.decode_threads {data.decode_threads} must be at least 1.")
@@ -153,25 +77,21 @@ class Loader:
             )
         self._data = data
         self._decoder = open_decoder(data)
-        self._view = View(data.image_px, data.image_px)
-        self._seed = seed
         self._on_bad = on_bad
+        self._tokenize = tokenize if data.long_captions == "skip" else None
         self._sources: dict[Kind, ShardSet] = {}
         if data.mix_ratio > 0:
             self._sources["image"] = ShardSet.open(data.images)
         if data.mix_ratio < 1:
             self._sources["pair"] = ShardSet.open(data.pairs, captioned_only=True)
         self._heldout = ShardSet.open(data.heldout, captioned_only=True) if data.heldout else None
+        self._schedule = Schedule(
+            data, seed, self._sources, global_batch_images=global_batch_images, token_px=token_px
+        )
         # By source: a sample whose caption is bad is no pair, and still a good image wherever it is one.
         self._unreadable: set[tuple[ShardSet, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
-        self._readings: dict[int, Reading] = {}  # by thread
-
-    @property
-    def readings(self) -> list[Reading]:
-        """What threads are reading at this moment; any thread may ask."""
-        return list(self._readings.values())
 
     def size(self, kind: Kind) -> int:
         """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
@@ -179,7 +99,21 @@ class Loader:
 
     def size_px(self, index: int) -> tuple[int, int]:
         """(height, width) of the training image of a global index, in closed form: nothing is read."""
-        return self._view.height_px, self._view.width_px
+        return self._schedule.size_px(index)
+
+    def check_micro_batch(self, images: int) -> None:
+        """That all images of a micro-batch over all ranks have one size.
+
+        Raises:
+            ValueError: `images`, of one micro-batch over all data-parallel ranks, does not divide the block
+                of a bucket.
+        """
+        self._schedule.check_micro_batch(images)
+
+    @property
+    def bad_samples(self) -> int:
+        """How many samples were found that cannot be used; each one was reported."""
+        return len(self._reported)
 
     @property
     def heldout_size(self) -> int:
@@ -207,24 +141,31 @@ class Loader:
             attempt += 1
         return [found[place] for place in range(len(indices))]
 
+    def numbered(self, kind: Kind, numbers: Sequence[int]) -> list[Sample | None]:
+        """Samples by their number in a source, as training shows them in the end, but neither cropped at
+        random nor flipped; `index` is the number. None for an unreadable one, reported the first time."""
+        source, view = self._sources[kind], self._schedule.plain_view
+        wanted = [_Wanted(i, source, i, view(kind, i), kind == "pair") for i in numbers]
+        return self._read(wanted, self._decoder)
+
     def _want(self, index: int, attempt: int) -> _Wanted:
         """What stands for a global index after `attempt` unreadable samples.
 
         Raises:
             ValueError: as in `sample`.
         """
-        kind, position = draw(index, self._data.mix_ratio)
-        source = self._sources[kind]
-        if attempt == len(source):
-            patterns = self._data.images if kind == "image" else self._data.pairs
+        slot = self._schedule.slot(index)
+        images = self._schedule.images(slot)
+        if attempt == images:
+            patterns = self._data.images if slot.kind == "image" else self._data.pairs
             raise ValueError(
-                f"no readable image among the {len(source)} samples of {', '.join(patterns)}. "
+                f"no readable image among the {images} samples of {', '.join(patterns)}. "
                 "Each one's reason was reported. Check that the shards hold JPEG, PNG or WebP files."
             )
-        epoch, place = divmod(position, len(source))
-        seed = self._seed if kind == "image" else self._seed ^ _PAIR_ORDER
-        i = permute((place + attempt) % len(source), len(source), seed, epoch)
-        return _Wanted(index, source, i, kind == "pair")
+        i = self._schedule.number(slot, attempt)
+        return _Wanted(
+            index, self._sources[slot.kind], i, self._schedule.view(index), with_caption=slot.kind == "pair"
+        )
 
     def stream(self, index_batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Batches of the given global sample indices, in order, decoded ahead by threads.
@@ -259,12 +200,14 @@ class Loader:
         if n < 1:
             raise ValueError(f"{n} held-out samples were asked for; at least 1 is needed.")
         reference = PillowDecoder(self._data.max_image_pixels)
+        view = View(self._data.image_px, self._data.image_px)
         samples: list[Sample] = []
         for i in range(self.heldout_size):
             if len(samples) == n:
                 break
             assert self._heldout is not None
-            samples += filter(None, self._read([_Wanted(len(samples), self._heldout, i, True)], reference))
+            want = _Wanted(len(samples), self._heldout, i, view, with_caption=True)
+            samples += filter(None, self._read([want], reference))
         if len(samples) < n:
             raise ValueError(
                 f"data.heldout {list(self._data.heldout)} has {len(samples)} readable captioned samples, "
@@ -299,49 +242,56 @@ class Loader:
 
     def _read(self, wanted: Sequence[_Wanted], decoder: Decoder) -> list[Sample | None]:
         """Samples, decoded together. None for an unreadable one, reported the first time."""
-        read = [self._bytes(want) for want in wanted]
-        files = [found[0] for found in read if found is not None]
-        images = iter(decoder.decode(files, [self._view] * len(files)))
+        read = [self._files(want) for want in wanted]
+        files = [(found[1], want.view) for found, want in zip(read, wanted, strict=True) if found is not None]
+        images = iter(decoder.decode([data for data, _ in files], [view for _, view in files]))
         samples: list[Sample | None] = []
         for want, found in zip(wanted, read, strict=True):
-            image_CHW = None if found is None else next(images)
-            if isinstance(image_CHW, BadSample):
-                self._reject(want, image_CHW)
-            if found is None or not isinstance(image_CHW, Tensor):
+            if found is None:
                 samples.append(None)
                 continue
-            data, caption = found
-            ref = want.source[want.i]
+            (ref, data, caption), image_CHW = found, next(images)
+            if not isinstance(image_CHW, Tensor):
+                self._reject(want, ref, image_CHW)
+                samples.append(None)
+                continue
             # An index has the hash, and the bytes were held against it when they were read.
             content_hash = ref.content_hash or cache_key(data)
-            samples.append(Sample(want.index, ref.key, content_hash, image_CHW, caption))
+            samples.append(Sample(want.index, ref.key, content_hash, want.view, image_CHW, caption))
         return samples
 
-    def _bytes(self, want: _Wanted) -> tuple[bytes, str | None] | None:
+    def _files(self, want: _Wanted) -> tuple[SampleRef, bytes, str | None] | None:
         """A sample's image file and caption. None if it is unreadable, reported the first time."""
         if (want.source, want.i) in self._unreadable:
             return None
-        ref = want.source[want.i]
-        size, limit = ref.image_size, self._data.max_image_bytes
-        self._readings[threading.get_ident()] = Reading(ref.shard, ref.key, time.monotonic())
+        ref, limit = want.source[want.i], self._data.max_image_bytes
         try:
-            if size > limit:
-                raise BadSample(f"a file of {size} bytes, more than the limit of {limit} bytes")
-            caption = want.source.caption(want.i) if want.with_caption else None
-            return want.source.image_bytes(want.i), caption
+            if ref.image_size > limit:
+                raise BadSample(f"a file of {ref.image_size} bytes, more than the limit of {limit} bytes")
+            caption = self._caption(want, ref) if want.with_caption else None
+            return ref, want.source.read_image(ref), caption
         except BadSample as error:
-            self._reject(want, error)
+            self._reject(want, ref, error)
             return None
-        finally:
-            del self._readings[threading.get_ident()]
 
-    def _reject(self, want: _Wanted, error: BadSample) -> None:
-        self._unreadable.add((want.source, want.i))
-        ref = want.source[want.i]
-        self._report(BadSampleReport(ref.shard, ref.key, error.reason))
+    def _caption(self, want: _Wanted, ref: SampleRef) -> str | None:
+        """The caption used at this index.
 
-    def _report(self, bad: BadSampleReport) -> None:
+        Raises:
+            BadSample: there is none that can be used.
+        """
+        caption = want.source.read_caption(ref)
+        if caption is not None and self._tokenize is not None:
+            try:
+                with self._lock:  # tokenizers change settings of theirs in a call
+                    self._tokenize(caption)
+            except ValueError as error:
+                raise BadSample(f"the caption is not one for the MLLM: {error}") from error
+        return caption
+
+    def _reject(self, want: _Wanted, ref: SampleRef, error: BadSample) -> None:
         with self._lock:
-            if (bad.shard, bad.key) not in self._reported:
-                self._reported.add((bad.shard, bad.key))
-                self._on_bad(bad)
+            self._unreadable.add((want.source, want.i))
+            if (ref.shard, ref.key) not in self._reported:
+                self._reported.add((ref.shard, ref.key))
+                self._on_bad(BadSampleReport(ref.shard, ref.key, error.reason))

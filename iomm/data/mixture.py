@@ -12,28 +12,31 @@ from typing import Literal
 Kind = Literal["image", "pair"]
 
 
-def draw(index: int, mix_ratio: float) -> tuple[Kind, int]:
+def draw(index: int, mix_ratio: float | Fraction) -> tuple[Kind, int]:
     """The source of global sample `index` and its position in that source's endless order.
 
     Args:
-        index: global sample index, counted from 0 over the whole run.
-        mix_ratio: share of unlabeled images, in [0, 1]; 1 = images only, 0 = pairs only. Taken as the decimal
-        that it is
-            printed as, so that 0.1 means one in ten exactly.
+        index: global sample index, counted from 0 over the whole run (with buckets: over those of a bucket).
+        mix_ratio: share of unlabeled images, in [0, 1]; 1 = images only, 0 = pairs only.
 
     Raises:
         ValueError: a negative index, or a ratio outside [0, 1].
     """
     if index < 0:
         raise ValueError(f"sample index {index} is negative. The first sample of a run has index 0.")
-    share = _share(mix_ratio)
+    share = exact_ratio(mix_ratio)
     before = index * share.numerator // share.denominator
     after = (index + 1) * share.numerator // share.denominator
     return ("image", before) if after > before else ("pair", index - before)
 
 
-@functools.lru_cache(maxsize=16)
-def _share(mix_ratio: float) -> Fraction:
-    if not 0.0 <= mix_ratio <= 1.0:
+@functools.lru_cache(maxsize=128)
+def exact_ratio(mix_ratio: float | Fraction) -> Fraction:
+    """A ratio as the decimal that it is printed as, so that 0.1 means one in ten exactly.
+
+    Raises:
+        ValueError: a ratio outside [0, 1].
+    """
+    if not 0 <= mix_ratio <= 1:
         raise ValueError(f"mix ratio {mix_ratio} must lie in [0, 1]: 1 = images only, 0 = pairs only.")
-    return Fraction(repr(float(mix_ratio)))
+    return mix_ratio if isinstance(mix_ratio, Fraction) else Fraction(repr(float(mix_ratio)))

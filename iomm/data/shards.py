@@ -8,7 +8,7 @@ test decode is refused unread, and one whose bytes changed since is noticed.
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -155,13 +155,14 @@ class ShardSet:
         """`cache_key` of image file `i`, without reading it; None without an index."""
         return self[i].content_hash
 
-    def sizes_N2(self) -> NDArray[np.int32]:
-        """Width and height of every image, upright, in pixels; 0 where unknown.
+    def sizes_by_shard(self) -> Iterator[NDArray[np.int32]]:
+        """Width and height of every image, upright, in pixels, (N, 2) of a shard at a time; 0 where unknown.
 
         Raises:
             ValueError: a shard has no index.
         """
-        return self._columns("width_px", "height_px").astype(np.int32, copy=False)
+        for shard in self._shards:
+            yield _columns(shard, "width_px", "height_px")
 
     def good_N(self) -> NDArray[np.bool_]:
         """True where the image passed its test decode.
@@ -169,20 +170,7 @@ class ShardSet:
         Raises:
             ValueError: a shard has no index.
         """
-        return self._columns("reason_bytes")[:, 0] == 0
-
-    def _columns(self, *fields: str) -> NDArray[np.int32]:
-        found = np.empty((len(self), len(fields)), np.int32)
-        for s, shard in enumerate(self._shards):
-            if isinstance(shard, _Scanned):
-                where = f" ({shard.samples[0].shard})" if shard.samples else ""
-                raise ValueError(
-                    f"a shard without an index{where}: the sizes of its images are not known. "
-                    "Make the index: iomm shard index TAR..."
-                )
-            rows = slice(int(self._starts[s]), int(self._starts[s + 1]))
-            found[rows] = shard.index.column(shard.k, fields, captioned=shard.captioned)
-        return found
+        return np.concatenate([_columns(shard, "reason_bytes")[:, 0] == 0 for shard in self._shards])
 
     def image_bytes(self, i: int) -> bytes:
         """The image file of sample `i` as it lies in the shard.
@@ -191,7 +179,10 @@ class ShardSet:
             BadSample: by the index the image does not decode, or is not the one that was indexed.
             OSError: the shard cannot be read, or became shorter since it was opened.
         """
-        ref = self[i]
+        return self.read_image(self[i])
+
+    def read_image(self, ref: SampleRef) -> bytes:
+        """`image_bytes` of a sample that was looked up. Raises as that does."""
         if ref.reason is not None:
             raise BadSample(ref.reason)
         data = self._read(ref.shard, ref.image_offset, ref.image_size)
@@ -208,7 +199,10 @@ class ShardSet:
             BadSample: the caption is not UTF-8, or empty.
             OSError: as for `image_bytes`.
         """
-        ref = self[i]
+        return self.read_caption(self[i])
+
+    def read_caption(self, ref: SampleRef) -> str | None:
+        """`caption` of a sample that was looked up. Raises as that does."""
         if ref.caption_offset is None or ref.caption_size is None:
             return None
         return caption_text(self._read(ref.shard, ref.caption_offset, ref.caption_size))
@@ -221,6 +215,16 @@ class ShardSet:
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
         return reader.read(offset, size)
+
+
+def _columns(shard: _Scanned | _Indexed, *fields: str) -> NDArray[np.int32]:
+    if isinstance(shard, _Scanned):
+        where = f" ({shard.samples[0].shard})" if shard.samples else ""
+        raise ValueError(
+            f"a shard without an index{where}: the sizes of its images are not known. "
+            "Make the index: iomm shard index TAR..."
+        )
+    return shard.index.column(shard.k, fields, captioned=shard.captioned).astype(np.int32)
 
 
 def caption_text(data: bytes) -> str:

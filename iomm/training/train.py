@@ -90,7 +90,15 @@ def train(config: Config) -> Outcome:
     first_step = sharded.load(resume_from, engine, config, mesh).step if resume_from is not None else 0
     with contextlib.ExitStack() as stack:
         bad_samples: deque[BadSampleReport] = deque()
-        loader = Loader(config.data, config.train.seed, on_bad=bad_samples.append)
+        loader = Loader(
+            config.data,
+            config.train.seed,
+            on_bad=bad_samples.append,
+            global_batch_images=config.train.global_batch_images,
+            token_px=shapes.token_px,
+            tokenize=encoders.mllm.tokenize if encoders is not None else None,
+        )
+        loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         run = stack.enter_context(Run(config, mesh))
         state = stack.enter_context(StateFile(config.run_dir, first_step, resume_from, writes=mesh.rank == 0))
         watch = None

@@ -4,6 +4,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +73,7 @@ def test_the_index_knows_size_hash_and_verdict_of_each_image(write_shard, png):
     assert shards.content_hash(1) == cache_key(members[1][1])
     assert [shards.verdict(i) is None for i in range(4)] == [True, True, False, False]
     assert "not a JPEG, PNG or WebP" in str(shards.verdict(3))
-    assert shards.sizes_N2().tolist() == [[8, 8], [4, 6], [8, 8], [0, 0]]
+    assert np.concatenate(list(shards.sizes_by_shard())).tolist() == [[8, 8], [4, 6], [8, 8], [0, 0]]
     assert shards.good_N().tolist() == [True, True, False, False]
 
 
@@ -82,12 +83,12 @@ def test_sizes_follow_the_numbers_of_a_captioned_set_over_several_shards(shard, 
         index_shard(path)
     shards = ShardSet.open([shard, small], captioned_only=True)
     assert [shards[i].key for i in range(len(shards))] == ["a", "b", "c", "x"]
-    assert shards.sizes_N2().tolist() == [[8, 8], [8, 8], [8, 8], [5, 5]]
+    assert np.concatenate(list(shards.sizes_by_shard())).tolist() == [[8, 8], [8, 8], [8, 8], [5, 5]]
 
 
 def test_sizes_of_shards_without_an_index_are_an_error_that_names_the_command(shard):
     with pytest.raises(ValueError, match=r"train\.tar.*iomm shard index"):
-        ShardSet.open([shard]).sizes_N2()
+        list(ShardSet.open([shard]).sizes_by_shard())
 
 
 def test_an_image_that_failed_its_test_decode_is_refused_unread(write_shard, png):

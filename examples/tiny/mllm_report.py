@@ -60,9 +60,9 @@ def load_tiny_mllm(folder: Path) -> TinyMllm:
             f"Train one: python -m examples.tiny.train_mllm --out {folder}"
         )
     model = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     layer = json.loads((folder / "training.json").read_text())["align_layer"]
     return TinyMllm(model=model, tokenizer=tokenizer, align_layer=layer)
 

@@ -194,7 +194,9 @@ def starting_point(
         raise ValueError(
             f"--init {init} holds no model.safetensors. Give the --out folder of an earlier run."
         )
-    saved = InternVLForConditionalGeneration.from_pretrained(init, dtype=torch.float32, local_files_only=True)
+    saved = InternVLForConditionalGeneration.from_pretrained(
+        init, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     model = build_model(settings, saved.lm_head.out_features)
     model.load_state_dict(saved.state_dict())
     return (init / "tokenizer.model").read_bytes(), model, json.loads((init / "training.json").read_text())

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from iomm.checkpoint.folder import CheckpointError
+from iomm.checkpoint.folder import DamagedCheckpoint
 
 TABLE = ".metadata"
 # Where the names in a table of contents come from. Others are refused, though they would do nothing either.
@@ -78,14 +78,14 @@ def read_contents(folder: Path) -> Metadata:
     """The table of contents of a checkpoint, in torch's form.
 
     Raises:
-        CheckpointError: missing, damaged, or holding anything but a table of contents; nothing in it was run.
+        DamagedCheckpoint: missing, or anything but a table of contents; nothing in it was run.
     """
     path = folder / TABLE
     try:
         root = _Records(path.read_bytes()).load()
         return _contents(_state(root, "metadata.Metadata"), folder)
     except Exception as error:  # whatever is wrong with it, the checkpoint cannot be read
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path} is not the table of contents of a checkpoint: {error}. Nothing in it was run. Use "
             "another checkpoint, from somebody you trust."
         ) from error
@@ -192,9 +192,9 @@ class ContentsReader(FileSystemReader):
             strange = next(_strange(values), None)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             first_line = str(error).partition("\n")[0].rstrip(".")
-            raise CheckpointError(f"{name} in {file} is no plain data: {first_line}.") from error
+            raise DamagedCheckpoint(f"{name} in {file} is no plain data: {first_line}.") from error
         if strange is not None:
-            raise CheckpointError(f"{name} in {file} holds a {strange}; only plain data is read.")
+            raise DamagedCheckpoint(f"{name} in {file} holds a {strange}; only plain data is read.")
         fresh = io.BytesIO()
         torch.save(values, fresh)
         fresh.seek(0)

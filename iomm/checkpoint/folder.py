@@ -10,6 +10,7 @@ RUN/checkpoints/damaged_step_*      could not be read when a run was to go on fr
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,9 @@ FORMAT_VERSION = 1
 INFO_FILE = "checkpoint.json"
 TEMPORARY = ".tmp_"
 DAMAGED = "damaged_"
+PRIVATE = 0o700  # of a run's folder: its owner's alone
 _OLD_COMMON = "common.pt"
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 
 # Settings that decide the shapes of the weights or what the network's output means. A run with others may
@@ -63,6 +66,12 @@ class CheckpointInfo:
     has_ema: bool
     files: dict[str, int]  # name -> bytes
     iomm_version: str
+
+
+def private_folder(run_dir: Path) -> None:
+    """Make a run's folder, which nobody else may look into. One that is there keeps the rights it has: to
+    share a run is the owner's choice (chmod g+rx)."""
+    run_dir.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
 
 
 def name_of(step: int) -> str:
@@ -168,7 +177,10 @@ def publish(temporary: Path, final: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what runs that died while saving left behind."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # a run that is believed dead may still write there
+            _log.warning("%s cannot be removed (%s); the next save tries again", path, error)
 
 
 def prune(folder: Path, keep_last: int) -> None:
@@ -181,8 +193,8 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Take its name from a damaged checkpoint, so that nobody goes on from it; its files stay, under the returned
-    name."""
+    """Take its name from a damaged checkpoint, so that nobody goes on from it; its files stay, under the
+    returned name."""
     aside = path.with_name(f"{DAMAGED}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

@@ -137,7 +137,9 @@ def _frozen_parts(config: Config, codec: LatentCodec, new: Path) -> None:
     if mllm is None:
         reference = {"name": config.mllm.path, "revision": config.mllm.revision}
         write_json(new / "text_encoder" / REFERENCE, reference)
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.mllm.path, revision=config.mllm.revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            config.mllm.path, revision=config.mllm.revision, trust_remote_code=False
+        )
         tokenizer.save_pretrained(new / "tokenizer")
         return
     _copy(mllm, new / "text_encoder")
@@ -169,7 +171,7 @@ def _copy(source: Path, target: Path) -> None:
 def _model_index(config: Config, codec: LatentCodec, new: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(new / "tokenizer")
+    tokenizer: Any = AutoTokenizer.from_pretrained(new / "tokenizer", trust_remote_code=False)
     local = _local(config.mllm.path) is not None
     generator = config.generator
     return {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iomm import __version__
-from iomm.checkpoint.folder import CheckpointError, name_of, write_info
+from iomm.checkpoint.folder import PRIVATE, CheckpointError, name_of, write_info
 from iomm.checkpoint.hf_layout import ADAPTER_PREFIX, GENERATOR_PREFIX, Manifest, read_json, whole_folder
 from iomm.checkpoint.hf_run import compare
 from iomm.checkpoint.name_table import Table
@@ -80,6 +80,7 @@ def import_folder(
     }
     with whole_folder(out_run, total_bytes(specs.values())) as new:
         checkpoint = new / "checkpoints" / name_of(step)
+        new.chmod(PRIVATE)
         checkpoint.mkdir(parents=True)
         write_sharded(checkpoint, specs, get)
         write_info(checkpoint, info)
@@ -171,5 +172,5 @@ def mllm_width(config: MllmConfig) -> int:
             f"no MLLM at {path}: {path / 'config.json'} is missing. A fresh query adapter "
             "is as wide as the MLLM, so its folder is needed; set mllm.path to one."
         )
-    settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    settings: Any = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     return settings.get_text_config().hidden_size

@@ -168,7 +168,9 @@ def _transformer_difference(folder: Path, weights: RunWeights) -> float:
     t_B = torch.tensor([0.25, 0.75])
     guidance = generator.guidance_value if generator.guidance_embedding else None
     stock: Any = getattr(diffusers, FAMILIES[generator.family].their_class)
-    model = stock.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    model = stock.from_pretrained(
+        folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+    )
     theirs = pipeline.predict(model, x, t_B, condition, patch, guidance)
     del model
     mesh = start(ParallelConfig())
@@ -185,7 +187,9 @@ def _transformer_difference(folder: Path, weights: RunWeights) -> float:
 def _adapter_difference(folder: Path, weights: RunWeights) -> float:
     config = weights.config
     loader: Any = QueryAdapter
-    theirs = loader.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    theirs = loader.from_pretrained(
+        folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+    )
     width = theirs.config["width"]
     ours = Conditioner(config.condition, width, config.generator.condition_width)
     _fill(ours, lambda name: weights.get(ADAPTER_PREFIX + name))

@@ -20,6 +20,7 @@ from iomm.checkpoint.contents import ContentsReader
 from iomm.checkpoint.folder import (
     CheckpointError,
     CheckpointInfo,
+    DamagedCheckpoint,
     check_architecture,
     check_files,
     check_names,
@@ -136,13 +137,13 @@ def _read(path: Path, state: dict[str, Any]) -> Any:
     """Fill a sharded state dict.
 
     Raises:
-        CheckpointError: a file that the disk does not give, or that holds something else.
+        DamagedCheckpoint: a file that the disk does not give, or that holds something else.
     """
     try:
         with quiet():
             return dist_checkpointing.load(state, str(path))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read: {error}. Restore it or use an older checkpoint."
         ) from error
 

@@ -220,8 +220,10 @@ def open_mllm(config: MllmConfig, dtype: torch.dtype, device: torch.device) -> F
                 f"Set mllm.path to one of these (for instance {EXAMPLE})."
             )
         loader: Any = AutoModelForImageTextToText
-        model = loader.from_pretrained(config.path, revision=revision, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=revision)
+        # Neither code nor pickles out of the model's folder: transformers would ask on a terminal.
+        safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        model = loader.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **safe)
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(config.path, revision=revision)
     except OSError as error:
         raise _missing(config, str(error).strip().splitlines()[0].rstrip(".")) from error

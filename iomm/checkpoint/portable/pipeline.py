@@ -230,5 +230,9 @@ def _download(source: dict[str, Any], dtype: torch.dtype) -> Any:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(
-        source["name"], revision=source["revision"], dtype=dtype
+        source["name"],
+        revision=source["revision"],
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
     ).eval()

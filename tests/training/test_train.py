@@ -231,8 +231,13 @@ def test_an_image_side_that_does_not_fit_the_tokens_is_said_before_anything_star
 def test_a_caption_over_the_limit_names_the_limit_and_the_sample(world, tmp_path):
     shard = write_images(tmp_path / "a.tar", 0, 8)
     long = write_shard(tmp_path / "b.tar", [("long.png", draw_png(1)), ("long.txt", b"x" * 81)])
-    config = small_config(world, tmp_path, data__pairs=[str(shard), str(long)], data__mix_ratio=0.0)
+    pairs = {"data__pairs": [str(shard), str(long)], "data__mix_ratio": 0.0, "data__heldout": []}
     with pytest.raises(
         ValueError, match=r"sample long: .*81 tokens; the limit is mllm\.max_caption_tokens = 80"
     ):
-        train(config)
+        train(small_config(world, tmp_path, **pairs, data__long_captions="error"))
+    config = small_config(world, tmp_path, "skips", **pairs, train__steps=2)
+    train(config)
+    [entry] = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").open()]
+    assert entry["key"] == "long"
+    assert "81 tokens; the limit is mllm.max_caption_tokens = 80" in entry["reason"]

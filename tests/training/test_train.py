@@ -238,6 +238,7 @@ def test_a_caption_over_the_limit_names_the_limit_and_the_sample(world, tmp_path
         train(small_config(world, tmp_path, **pairs, data__long_captions="error"))
     config = small_config(world, tmp_path, "skips", **pairs, train__steps=2)
     train(config)
-    [entry] = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").open()]
+    [line] = (config.run_dir / "quarantine.jsonl").read_text().splitlines()
+    entry = json.loads(line)
     assert entry["key"] == "long"
     assert "81 tokens; the limit is mllm.max_caption_tokens = 80" in entry["reason"]

@@ -18,6 +18,8 @@ import os
 import queue
 import shutil
 import threading
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -33,6 +35,7 @@ from iomm.checkpoint.folder import (
     remove_leftovers,
     write_info,
 )
+from iomm.checkpoint.lease import Lease, Superseded
 from iomm.checkpoint.ranks import on_rank_0, quiet, raise_together
 from iomm.config import Config
 from iomm.parallel import cpu
@@ -62,13 +65,18 @@ class Saver:
         mesh: where this rank stands.
         background: write beside the training. It takes host memory of the size of this rank's part of the
             checkpoint.
+        lease: what allows this launch to change the folder; without it any launch may.
     """
 
-    def __init__(self, folder: Path, keep_last: int, mesh: Mesh, *, background: bool) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, mesh: Mesh, *, background: bool, lease: Lease | None = None
+    ) -> None:
         self._folder = folder
         self._keep_last = keep_last
         self._mesh = mesh
         self._background = background
+        self._check: Callable[[], None] = lease.check if lease is not None else lambda: None
+        self._launch: str = mesh.broadcast_object(uuid.uuid4().hex[:8])
         self._pending: _Save | None = None
         on_rank_0(mesh, lambda: remove_leftovers(folder))
 
@@ -86,6 +94,7 @@ class Saver:
 
         Raises:
             CheckpointError: the disk is full or cannot be written; the older checkpoints are untouched.
+            Superseded: another launch has taken over the run.
             TypeError: `extra` holds what JSON cannot.
         """
         assert self._pending is None, "the last checkpoint is still being written: call finish() first"
@@ -98,7 +107,9 @@ class Saver:
             "has_ema": engine.ema is not None,
             "iomm_version": __version__,
         }
-        pending = _Save(self._folder, info, sum(self._mesh.gather_objects(_local_bytes(state))), self._mesh)
+        temporary = self._folder / f"{TEMPORARY}{self._launch}_{name_of(step)}"
+        needed = sum(self._mesh.gather_objects(_local_bytes(state)))
+        pending = _Save(temporary, info, needed, self._mesh, self._check)
         pending.begin(state, copy=self._background)
         self._pending = pending
         if self._background:
@@ -115,6 +126,7 @@ class Saver:
 
         Raises:
             CheckpointError: some rank could not write its part; the older checkpoints are untouched.
+            Superseded: another launch has taken over the run.
         """
         if self._pending is None or self._mesh.any_rank(self._pending.busy):
             return None
@@ -130,8 +142,12 @@ class Saver:
         pending, self._pending = self._pending, None
         final = pending.complete()
         # The new checkpoint is safe from here on, whatever happens to the old ones.
-        on_rank_0(self._mesh, lambda: prune(self._folder, self._keep_last))
+        on_rank_0(self._mesh, self._prune)
         return final
+
+    def _prune(self) -> None:
+        self._check()
+        prune(self._folder, self._keep_last)
 
 
 def save(
@@ -146,9 +162,12 @@ def save(
 class _Save:
     """One checkpoint on its way to the disk."""
 
-    def __init__(self, folder: Path, info: dict[str, Any], needed: int, mesh: Mesh) -> None:
-        self._folder = folder
-        self._temporary = folder / f"{TEMPORARY}{name_of(info['step'])}"
+    def __init__(
+        self, temporary: Path, info: dict[str, Any], needed: int, mesh: Mesh, check: Callable[[], None]
+    ) -> None:
+        self._folder = temporary.parent
+        self._temporary = temporary
+        self._check = check  # raises where this launch may not change the folder any more
         self._info = info
         self._needed = needed  # bytes of all ranks
         self._mesh = mesh
@@ -167,7 +186,7 @@ class _Save:
         """Make room, decide who writes what, and take hold of this rank's tensors."""
         try:
             on_rank_0(self._mesh, self._make_room)
-        except OSError as error:
+        except (OSError, Superseded) as error:
             self._give_up(error)
         if filesystem_async._results_queue is None:
             # Where Megatron looks for the results. Its own queue belongs to a process that it would start;
@@ -223,12 +242,17 @@ class _Save:
                 for finalize in self._request.finalize_fns:
                     finalize()
             on_rank_0(self._mesh, lambda: write_info(self._temporary, self._info))
-            on_rank_0(self._mesh, lambda: publish(self._temporary, final))
+            on_rank_0(self._mesh, lambda: self._publish(final))
         except Exception as error:  # whatever it was, the last checkpoint is as it was
             self._give_up(error)
         return final
 
+    def _publish(self, final: Path) -> None:
+        self._check()
+        publish(self._temporary, final)
+
     def _make_room(self) -> None:
+        self._check()
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self._folder)
         if shutil.disk_usage(self._folder).free < self._needed + _RESERVE_BYTES:
@@ -240,6 +264,8 @@ class _Save:
     def _give_up(self, error: Exception) -> NoReturn:
         if self._mesh.rank == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        if isinstance(error, Superseded):
+            raise error
         raise explain(error, self._folder, self._needed) from error
 
 

@@ -9,6 +9,7 @@ indices and has the same samples.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,15 @@ class _Wanted:
     i: int  # in the source
     view: View
     with_caption: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A sample whose bytes a thread is waiting for."""
+
+    shard: str
+    key: str
+    since: float  # time.monotonic()
 
 
 class Loader:
@@ -92,6 +102,12 @@ class Loader:
         self._unreadable: set[tuple[ShardSet, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        self._readings: dict[int, Reading] = {}  # by thread
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What threads are reading at this moment; any thread may ask."""
+        return list(self._readings.values())
 
     def size(self, kind: Kind) -> int:
         """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
@@ -265,6 +281,7 @@ class Loader:
         if (want.source, want.i) in self._unreadable:
             return None
         ref, limit = want.source[want.i], self._data.max_image_bytes
+        self._readings[threading.get_ident()] = Reading(ref.shard, ref.key, time.monotonic())
         try:
             if ref.image_size > limit:
                 raise BadSample(f"a file of {ref.image_size} bytes, more than the limit of {limit} bytes")
@@ -273,6 +290,8 @@ class Loader:
         except BadSample as error:
             self._reject(want, ref, error)
             return None
+        finally:
+            del self._readings[threading.get_ident()]
 
     def _caption(self, want: _Wanted, ref: SampleRef) -> str | None:
         """The caption used at this index.

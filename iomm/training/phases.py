@@ -6,6 +6,7 @@ One name at a time, for whoever wants to know: the watchdog (`current`, `since`)
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 
 class Phases:
-    """The phases of one rank. Seconds are the host's; on a GPU they are the device's, between two events of its
-    stream, which is empty when a step begins: waiting for samples is in them, too.
+    """The phases of one rank. Seconds are the host's; on a GPU they are the device's, between two events of
+    its stream, which is empty when a step begins: waiting for samples is in them, too.
 
     Attributes:
         step: the step that the phases belong to.
@@ -27,7 +28,8 @@ class Phases:
         self.since = time.monotonic()
         self.step = 0
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any, Any]] = []  # phases that ended: name, start, end
+        # Phases that ended: name, start, end. The oldest are forgotten if nobody takes them.
+        self._marks: deque[tuple[str, Any, Any]] = deque(maxlen=10_000)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -45,7 +47,8 @@ class Phases:
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last call, those of a phase within another in both."""
-        marks, self._marks = self._marks, []
+        marks = list(self._marks)
+        self._marks.clear()
         if self._on_gpu and marks:
             marks[-1][2].synchronize()
         seconds: dict[str, float] = {}

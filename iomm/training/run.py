@@ -5,15 +5,18 @@
     quarantine.jsonl    samples that could not be used
     samples/            grids of generated pictures
     checkpoints/        iomm.checkpoint.sharded
+    lease.json          which launch may write here (iomm.checkpoint.lease)
+    logs/               a log of each rank, and its stacks if it hung
     wandb/              offline by default
 
-Only rank 0 writes; the other ranks hold an object that does nothing.
+Only rank 0 writes; the other ranks' objects write their own log.
 """
 
 import dataclasses
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -23,21 +26,32 @@ from typing import Any, TextIO
 
 import torch
 
+from iomm.checkpoint.lease import Lease
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
 from iomm.parallel.mesh import Mesh
+from iomm.training.ranklog import RankLog
 
+_log = logging.getLogger(__name__)
 _VERSIONED = ("torch", "megatron-core", "transformers", "diffusers")
 
 
 class Run:
-    """Writes one run's folder. A context manager: closes files and wandb, whatever ends the run."""
+    """Writes one run's folder. A context manager: closes files and wandb, whatever ends the run.
+
+    Its methods raise `Superseded`, on rank 0, once another launch has taken over the run.
+
+    Attributes:
+        lease: this launch's right to write; taken here.
+    """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.dir = config.run_dir
         self.writes = mesh.rank == 0
         self._metrics: TextIO | None = None
         self._wandb: Any = None
+        self._rank_log = RankLog(self.dir, mesh)
+        self.lease = Lease(self.dir, writes=self.writes)
         if not self.writes:
             return
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -63,12 +77,14 @@ class Run:
         """One line of metrics.jsonl; numbers go to wandb as well."""
         if self._metrics is None:
             return
+        self.lease.check()
         self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._wandb is not None and kind != "event":
             self._wandb.log({f"{kind}/{key}": value for key, value in _numbers(values)}, step=step)
 
     def event(self, step: int, event: str, detail: Any = None) -> None:
-        """Something that happened: resume, save, nan_skip, bad_sample, stop."""
+        """Something that happened: resume, save, nan_skip, bad_sample, stop. Ranks log what they see."""
+        _log.info("step %d: %s %s", step, event, detail)
         self.log("event", step, event=event, detail=detail)
 
     def bad_sample(self, report: BadSampleReport) -> None:
@@ -79,9 +95,11 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
     def __enter__(self) -> "Run":
+        self._rank_log.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._rank_log.__exit__(*error)
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb is not None:

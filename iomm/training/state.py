@@ -9,10 +9,12 @@ import datetime
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, final
+
+from iomm.checkpoint.lease import Lease, Superseded
 
 STATE_FILE = "run_state.json"
 State = Literal["running", "done", "stopped", "preempted", "failed"]
@@ -64,10 +66,20 @@ class StateFile:
         step: optimizer steps done so far.
         last_checkpoint: the folder that the run goes on from.
         writes: False on every rank but rank 0: then nothing is read or written.
+        lease: what allows this launch to write; without it any launch may.
     """
 
-    def __init__(self, run_dir: Path, step: int, last_checkpoint: Path | None, *, writes: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        last_checkpoint: Path | None,
+        *,
+        writes: bool,
+        lease: Lease | None = None,
+    ) -> None:
         self._path = run_dir / STATE_FILE
+        self._check: Callable[[], None] = lease.check if lease is not None else lambda: None
         self._writes = writes
         before = read_state(run_dir) if writes else None
         self._state = RunState(
@@ -99,13 +111,14 @@ class StateFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None and self._state.state == "running":
+        if kind is not None and not issubclass(kind, Superseded) and self._state.state == "running":
             self._write(state="failed", reason=f"{kind.__name__}: {error}")
 
     def _write(self, **changes: Any) -> None:
         self._state = replace(self._state, updated=_now(), **changes)
         if not self._writes:
             return
+        self._check()
         part = self._path.with_name(STATE_FILE + ".part")
         part.write_text(json.dumps(asdict(self._state), indent=1) + "\n", encoding="utf-8")
         os.replace(part, self._path)

@@ -4,10 +4,11 @@ Stage 1 has `data.mix_ratio = 1` (images only); stage 2 mixes in pairs and names
 """
 
 import contextlib
+import functools
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from iomm.checkpoint import sharded
@@ -20,13 +21,17 @@ from iomm.encoders import Encoders
 from iomm.parallel.engine import Engine, StepResult
 from iomm.parallel.mesh import Mesh, start
 from iomm.system import System, build
+from iomm.training.phases import Phases
 from iomm.training.progress import TrainingProgress
+from iomm.training.recovery import newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
 from iomm.training.stop import StopSignal
+from iomm.training.stragglers import compare
 from iomm.training.throughput import FlopCount, Stopwatch
 from iomm.training.watch import Watch
+from iomm.training.watchdog import Watchdog, stacks_path
 
 
 class TrainingAborted(RuntimeError):
@@ -59,6 +64,8 @@ class Trainer:
     watch: Watch | None  # on the first stage, if there are held-out samples
     first_step: int
     bad_samples: deque[BadSampleReport]  # filled by the loader's threads
+    phases: Phases
+    stalls: deque[str] = field(default_factory=deque)  # filled by the watchdog's thread
     bad_in_a_row: int = 0
 
 
@@ -71,6 +78,7 @@ def train(config: Config) -> Outcome:
         ValueError, FileNotFoundError: settings, shards or weights that do not fit, before anything is written
             over.
         CheckpointError: the last checkpoint could not be written.
+        Superseded: another launch has taken over the run's folder.
         TrainingAborted: too many NaN steps in a row.
     """
     mesh = start(config.parallel)
@@ -83,11 +91,10 @@ def train(config: Config) -> Outcome:
     shapes = mesh.broadcast_object(encoders.shapes if encoders is not None else None)
     system = build(config, shapes, mesh, encoders)
     checkpoints = config.run_dir / "checkpoints"
-    resume_from = sharded.latest(checkpoints)
-    if resume_from is None and config.train.init_from is not None:
+    if newest(checkpoints, mesh) is None and config.train.init_from is not None:
         _init_weights(config, system, mesh)
     engine = Engine(system, system.backend_config, config.optimizer, config.train, config.parallel, mesh)
-    first_step = sharded.load(resume_from, engine, config, mesh).step if resume_from is not None else 0
+    resumed = resume(checkpoints, engine, config, mesh)
     with contextlib.ExitStack() as stack:
         bad_samples: deque[BadSampleReport] = deque()
         loader = Loader(
@@ -100,7 +107,9 @@ def train(config: Config) -> Outcome:
         )
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         run = stack.enter_context(Run(config, mesh))
-        state = stack.enter_context(StateFile(config.run_dir, first_step, resume_from, writes=mesh.rank == 0))
+        state = stack.enter_context(
+            StateFile(run.dir, resumed.step, resumed.path, writes=run.writes, lease=run.lease)
+        )
         watch = None
         if mesh.is_first_stage and encoders is not None:
             watch = Watch.prepare(config, encoders, loader, mesh)
@@ -113,41 +122,59 @@ def train(config: Config) -> Outcome:
             system=system,
             engine=engine,
             inputs=StepInputs(system, encoders, mesh),
-            saver=Saver(checkpoints, config.train.keep_last, mesh, background=config.train.async_save),
+            saver=Saver(
+                checkpoints,
+                config.train.keep_last,
+                mesh,
+                background=config.train.async_save,
+                lease=run.lease,
+            ),
             loader=loader,
             watch=watch,
-            first_step=first_step,
+            first_step=resumed.step,
             bad_samples=bad_samples,
+            phases=Phases(mesh.device),
         )
-        if resume_from is not None:
-            run.event(first_step, "resume", str(resume_from))
         stop = stack.enter_context(StopSignal())
         screen = stack.enter_context(
-            TrainingProgress(config.name, first_step, config.train.steps, shown=mesh.rank == 0)
+            TrainingProgress(config.name, resumed.step, config.train.steps, shown=mesh.rank == 0)
         )
+        for damage in resumed.damaged:
+            run.event(resumed.step, "checkpoint_damaged", damage)
+            screen.say(damage)
+        if resumed.path is not None:
+            run.event(resumed.step, "resume", str(resumed.path))
+        stack.enter_context(_watchdog(trainer))
         return _loop(trainer, stop, screen)
 
 
 def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
-    settings = t.config.train
+    settings, phase = t.config.train, t.phases
     flops, watch, batches, inputs = _flops(t), Stopwatch(), _batches(t), t.inputs
     for step in range(t.first_step + 1, settings.steps + 1):
-        batch = next(batches)
-        micro_batches = inputs.encode(batch)
-        # Forward and backward of every micro-batch, gradient sum, clip, optimizer step, EMA.
-        result = t.engine.step(inputs.forward, micro_batches, lambda m=micro_batches: inputs.conditions(m))
+        phase.step = step
+        with phase("batch"):
+            batch = next(batches)
+        with phase("encode"):
+            micro_batches = inputs.encode(batch)
+        with phase("step"):  # forward and backward of every micro-batch, gradient sum, clip, update, EMA
+            before = functools.partial(inputs.conditions, micro_batches)
+            result = t.engine.step(inputs.forward, micro_batches, before)
         watch.step(flops(batch.sizes_px) if flops else None)
-        _quarantine(t, step)
-        _check_finite(t, step, result, batch)
-        logged = step == settings.steps or step % settings.log_every_steps == 0
-        throughput = watch.read(settings.global_batch_images) if logged else None
-        if throughput is not None:
-            _log(t, step, result, throughput)
-        screen.update(step, result.loss, throughput)
-        stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
+        with phase("log"):
+            _quarantine(t, step)
+            _check_finite(t, step, result, batch)
+            logged = step == settings.steps or step % settings.log_every_steps == 0
+            throughput = watch.read(settings.global_batch_images) if logged else None
+            if throughput is not None:
+                _log(t, step, result, throughput)
+            _compare_ranks(t, step, screen)
+            screen.update(step, result.loss, throughput)
+            stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
         last = bool(stopped) or step == settings.steps
-        with watch.pause():
+        with watch.pause(), phase("evaluate"):
             _evaluate(t, step, screen, last=step == settings.steps)
+        with watch.pause(), phase("save"):
             _saving(t, step, screen, t.saver.poll, last=False)
             if last or step % settings.save_every_steps == 0:
                 _save(t, step, screen, last=last)
@@ -155,6 +182,39 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
             return _stop(t, step, signal.Signals(stopped))
     t.state.end("done", settings.steps)
     return Outcome(t.run.dir, settings.steps)
+
+
+def _watchdog(t: Trainer) -> Watchdog:
+    """Watches over this rank's progress until the loop is left."""
+    train, rank = t.config.train, t.mesh.rank
+    t.engine.while_summing = lambda: t.phases("gradient_sum")
+
+    def on_hang(reason: str) -> None:
+        t.run.event(t.phases.step, "hang", reason)
+        t.state.end("failed", max(t.first_step, t.phases.step - 1), reason)
+
+    return Watchdog(
+        t.phases,
+        stacks_path(t.run.dir, rank),
+        rank,
+        timeout_s=train.hang_timeout_s,
+        stall_s=train.stall_notice_s,
+        reading=lambda: t.loader.readings,
+        on_stall=t.stalls.append,
+        on_hang=on_hang,
+    )
+
+
+def _compare_ranks(t: Trainer, step: int, screen: TrainingProgress) -> None:
+    """Now and then: how long each rank took for its own work, and which one is slow."""
+    every = t.config.train.straggler_every_steps
+    if every == 0 or step % every:
+        return
+    record, slow = compare(t.mesh, t.phases.take_seconds(), min(every, step - t.first_step))
+    t.run.log("phases", step, **record)
+    if slow is not None:
+        t.run.event(step, "straggler", vars(slow))
+        screen.say(f"step {step}  {slow}")
 
 
 def _stop(t: Trainer, step: int, by: signal.Signals) -> Outcome:
@@ -201,6 +261,8 @@ def _quarantine(t: Trainer, step: int) -> None:
         report = t.bad_samples.popleft()
         t.run.bad_sample(report)
         t.run.event(step, "bad_sample", str(report))
+    while t.stalls:
+        t.run.event(step, "loader_stall", t.stalls.popleft())
 
 
 def _check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> None:

@@ -1,0 +1,70 @@
+"""Fencing: who writes into a run's folder. Imports no torch.
+
+When a node is lost, its tasks may live on without anybody knowing: a ghost. The next launch of the run
+takes the lease, which is a number of its own in RUN/lease.json, and before the ghost writes anything that
+lasts it looks there, finds another number and ends. So the newest launch always wins, and needs nobody's
+consent.
+
+Between a ghost's last look and its rename of a checkpoint there is a gap of milliseconds. What may come
+through is a whole checkpoint of the same run; its temporary folder is removed by the new launch, so a torn
+one cannot.
+"""
+
+import datetime
+import json
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import final
+
+LEASE_FILE = "lease.json"
+
+
+class Superseded(RuntimeError):
+    """Another launch has taken over the run's folder; this one must not write there any more."""
+
+
+@final
+class Lease:
+    """One launch's right to write into a run's folder.
+
+    Args:
+        run_dir: the run's folder; it exists.
+        writes: False on every rank but rank 0: then it holds for ever, because that rank writes nothing that
+            a ghost could spoil.
+    """
+
+    def __init__(self, run_dir: Path, *, writes: bool) -> None:
+        self._path = run_dir / LEASE_FILE
+        self._id = uuid.uuid4().hex if writes else None
+        if not writes:
+            return
+        taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        lease = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "taken": taken}
+        part = self._path.with_name(f"{LEASE_FILE}.{self._id}.part")  # two launches may start at once
+        part.write_text(json.dumps(lease, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self._path)
+
+    def check(self) -> None:
+        """Call before each write that lasts. The file is opened anew, which makes NFS ask its server.
+
+        Raises:
+            Superseded: another launch holds the lease, or the file is gone or no lease.
+        """
+        if self._id is None:
+            return
+        try:
+            holder = json.loads(self._path.read_text(encoding="utf-8"))
+            held = holder["id"] == self._id
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise Superseded(
+                f"{self._path} is gone or no lease any more ({type(error).__name__}), so it is not known who "
+                "may write into this run's folder. Launch the run again: it goes on from its last checkpoint."
+            ) from error
+        if not held:
+            raise Superseded(
+                f"process {holder.get('pid')} on {holder.get('host')} has taken over {self._path.parent} at "
+                f"{holder.get('taken')}; this launch (process {os.getpid()} on {socket.gethostname()}) "
+                "writes nothing more. If you did not start it, end that process and launch the run again."
+            )

@@ -1,0 +1,56 @@
+"""Going on from the newest checkpoint that can be read.
+
+A crash may leave the newest one with holes (a disk that lost what it had confirmed), a person may have
+removed a file. Such a checkpoint is set aside, said, and the one before it is taken. A run that has
+checkpoints and can read none of them stops: it never starts over by itself.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from iomm.checkpoint import sharded
+from iomm.checkpoint.folder import DamagedCheckpoint, latest, set_aside
+from iomm.checkpoint.ranks import on_rank_0
+from iomm.config import Config
+from iomm.parallel.engine import Engine
+from iomm.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    path: Path | None  # the checkpoint; None: it starts
+    step: int  # optimizer steps done
+    damaged: tuple[str, ...]  # of each newer checkpoint that could not be read, why, and where it is now
+
+
+def newest(checkpoints: Path, mesh: Mesh) -> Path | None:
+    """The newest complete checkpoint as rank 0 sees it, since other machines may see an older state of the
+    disk; None if there is none. All ranks call."""
+    return on_rank_0(mesh, lambda: latest(checkpoints))
+
+
+def resume(checkpoints: Path, engine: Engine, config: Config, mesh: Mesh) -> Resumed:
+    """Put the engine back to the newest checkpoint that can be read; all ranks call.
+
+    Raises:
+        CheckpointError: the newest is of another architecture, or saved with settings that this run cannot go
+            on from; that is not what an older one would mend.
+        DamagedCheckpoint: there are checkpoints, and none can be read.
+    """
+    damaged: list[str] = []
+    while (path := newest(checkpoints, mesh)) is not None:
+        try:
+            step = sharded.load(path, engine, config, mesh).step
+        except DamagedCheckpoint as error:
+            aside = on_rank_0(mesh, lambda path=path: set_aside(path))
+            damaged.append(f"{error} It is now {aside}.")
+        else:
+            return Resumed(path, step, tuple(damaged))
+    if damaged:
+        raise DamagedCheckpoint(
+            f"none of the checkpoints in {checkpoints} can be read: {' '.join(damaged)} Give one that you "
+            "restored its old name, or start again under another name."
+        )
+    return Resumed(None, 0, ())

@@ -119,6 +119,21 @@ class System(nn.Module):
         """The weights of each of this rank's pipeline chunks."""
         return self._chunks
 
+    def check_sizes(self, sizes_px: Sequence[tuple[int, int]]) -> None:
+        """That images of each (height, width) can be trained on, so that no later step finds one that cannot.
+
+        Raises:
+            ValueError: one is not made of whole latent tokens, or sequence parallelism cannot split them.
+        """
+        for height_px, width_px in sizes_px:
+            try:
+                if height_px % self.shapes.token_px or width_px % self.shapes.token_px:
+                    raise ValueError(f"latent tokens are {self.shapes.token_px} px a side. Choose multiples.")
+                tokens = height_px * width_px // self.shapes.token_px**2
+                self.generator.packed_length(tokens, self.config.condition.queries)
+            except ValueError as error:
+                raise ValueError(f"training images of {height_px} x {width_px} px: {error}") from error
+
     def condition(self, mllm: FrozenMllm, prefix: Prefix) -> Condition:
         """Condition tokens of a prefix; on ranks that hold the conditioner."""
         assert self.conditioner is not None

@@ -117,6 +117,11 @@ class Loader:
         """(height, width) of the training image of a global index, in closed form: nothing is read."""
         return self._schedule.size_px(index)
 
+    @property
+    def sizes_px(self) -> list[tuple[int, int]]:
+        """Every (height, width) that the run may come to, each once."""
+        return self._schedule.sizes_px
+
     def check_micro_batch(self, images: int) -> None:
         """That all images of a micro-batch over all ranks have one size.
 

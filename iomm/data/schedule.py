@@ -128,6 +128,11 @@ class Schedule:
         """(height, width) of the image that is trained on at a global index."""
         return self._sizes[bisect_right(self._from_index, index) - 1][self.slot(index).bucket]
 
+    @property
+    def sizes_px(self) -> list[Size]:
+        """Every (height, width) that some index may have, each once."""
+        return list(dict.fromkeys(size for sizes in self._sizes for size in sizes))
+
     def view(self, index: int) -> View:
         """What is shown of the image at a global index, whichever it is."""
         height_px, width_px = self.size_px(index)

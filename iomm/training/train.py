@@ -106,6 +106,7 @@ def train(config: Config) -> Outcome:
             tokenize=encoders.mllm.tokenize if encoders is not None else None,
         )
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
+        system.check_sizes(loader.sizes_px)
         run = stack.enter_context(Run(config, mesh))
         state = stack.enter_context(
             StateFile(run.dir, resumed.step, resumed.path, writes=run.writes, lease=run.lease)

@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         add("plan", _plan, "memory, time and cost of a run on a cluster, and its fastest layout")
     )
 
-    shard_command.add_arguments(add("shard", shard_command.run, shard_command.DESCRIPTION))
+    shard_command.add_arguments(add("shard", _shard, shard_command.DESCRIPTION))
 
     add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
     return parser
@@ -337,6 +337,14 @@ def _bench_data(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     return plan_command.run(arguments, arguments.config and load_config(arguments.config))
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    if arguments.what != "encode":
+        return shard_command.run(arguments)
+    from iomm.training.encode import run
+
+    return run(load_config(arguments.config).override(arguments.set))
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -194,7 +194,8 @@ class DataConfig:
     # run ends.
     long_captions: Literal["skip", "error"] = "skip"
     # Keep the frozen encoders' outputs in this folder, by content hash and view, for later epochs and runs;
-    # `iomm shard encode` fills it beforehand, best beside the shards. None: encode every time.
+    # `iomm shard encode` fills it beforehand, best beside the shards. None: encode every time. data.flip
+    # doubles it, each size of data.progression adds to it, data.crop=random is refused.
     cache_dir: str | None = None
     # Whose outputs: the autoencoder's mean (with codec.sample: and log-variance), the ViT's patch tokens.
     cache: tuple[Literal["vae", "vit"], ...] = ("vae", "vit")
@@ -226,6 +227,11 @@ class DataConfig:
             self.cache_dir is None or 0 < len(set(self.cache)) == len(self.cache),
             f"data.cache {list(self.cache)} must name vae, vit or both once where data.cache_dir is set. "
             "Name one, or set data.cache_dir=null.",
+        )
+        _require(
+            self.cache_dir is None or self.crop == "center",
+            "data.crop=random shows another part of an image each time, so a feature cache would grow with "
+            "every step and never be read. Set data.cache_dir=null, or data.crop=center.",
         )
 
 

@@ -116,11 +116,30 @@ class Encoders:
         outputs = {"vae": self._latents, "vit": self._patches}[encoder]
         if encoder not in self.caches:
             return outputs(batch.image_BCHW)
-        height_px, width_px = batch.size_px
-        view = View(width_px, height_px).name
-        keys = [feature_key(content_hash, view) for content_hash in batch.hashes]
-        image = batch.image_BCHW
+        keys, image = _keys(batch), batch.image_BCHW
         return self.caches[encoder].get(keys, lambda places: outputs(image[places]), at_once=at_once)
+
+    def lacks(self, content_hash: str, view: View) -> bool:
+        """Whether a cache has not yet what is shown of an image."""
+        key = feature_key(content_hash, view.name)
+        return any(cache.missing([key]) for cache in self.caches.values())
+
+    def keep(self, batch: Batch) -> int:
+        """Encode what the caches lack of a batch, all of it together, and keep it; how many images that were.
+
+        Raises:
+            OSError: a part could not be written (a full disk).
+        """
+        most, keys = 0, _keys(batch)
+        for encoder, cache in self.caches.items():
+            if cache.full:
+                cache.flush()
+            missing = set(cache.missing(keys))
+            rows = [row for row, key in enumerate(keys) if key in missing]
+            if rows:
+                self._encode(encoder, batch.take(rows), at_once=len(rows))
+            most = max(most, len(missing))
+        return most
 
     def _latents(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         moments = self.codec.moments(image_BCHW)
@@ -154,3 +173,9 @@ class Encoders:
         length, channels = rows * columns, self.codec.token_channels
         flat = normal(seed, stream, index_B.to(self.codec.device), length * channels)
         return flat.view(-1, length, channels).to(self.codec.dtype)
+
+
+def _keys(batch: Batch) -> list[str]:
+    """Of the feature cache."""
+    shown = zip(batch.hashes, batch.views, strict=True)
+    return [feature_key(content_hash, view.name) for content_hash, view in shown]

@@ -94,6 +94,11 @@ class FeatureCache:
         """Rows that can be found, a key that two parts have counted twice."""
         return len(self._index) + len(self._pending)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next `put` writes a part."""
+        return self._pending_bytes >= self._part_bytes
+
     def refresh(self) -> None:
         """Find the parts that other processes wrote since; a torn one is left out, with a log warning."""
         paths = [path for path in self.folder.glob(f"part-*{SUFFIX}") if path.name not in self._seen]
@@ -122,7 +127,7 @@ class FeatureCache:
         for key, row in new.items():
             layout = layout or layout_of(row)
             self._check_layout(f"row {key}", layout_of(row), layout)
-        if self._pending_bytes >= self._part_bytes:
+        if self.full:
             self._flush_or_give_up()
         self._layout = layout
         self._pending |= new

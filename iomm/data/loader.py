@@ -169,6 +169,11 @@ class Loader:
         wanted = [_Wanted(i, source, i, view(kind, i), kind == "pair") for i in numbers]
         return self._read(wanted, self._decoder)
 
+    def shown(self, kind: Kind, number: int) -> tuple[str, View] | None:
+        """Content hash and view of what `numbered` gives, without reading it; None without an index."""
+        content_hash = self._sources[kind].content_hash(number)
+        return None if content_hash is None else (content_hash, self._schedule.plain_view(kind, number))
+
     def _want(self, index: int, attempt: int) -> _Wanted:
         """What stands for a global index after `attempt` unreadable samples.
 

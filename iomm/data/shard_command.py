@@ -1,4 +1,5 @@
-"""`iomm shard make | index | check`: what the command line says, and what is printed."""
+"""`iomm shard make | index | check`: what the command line says, and what is printed. (`iomm shard encode` is
+`iomm.training.encode`.)"""
 
 import argparse
 import os
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from iomm.data.inspection import Limits
 
 _SHOWN = 20  # unusable images of a shard
-DESCRIPTION = "pack images into shards, index shards, check them"
+DESCRIPTION = "pack images into shards, index shards, check them, encode them for the feature cache"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "compare shards with their indexes: headers, and the hash of every image"
     check = what.add_parser("check", help=text, description=text)
     check.add_argument("shard", nargs="+", help="tars, folders of them, or indexes")
+
+    text = "fill a run's feature cache (data.cache_dir) before training; goes on where it was stopped"
+    ranks = " On several GPUs: torchrun --nproc-per-node=8 -m iomm.cli shard encode ..."
+    encode = what.add_parser("encode", help=text, description=text + "." + ranks)
+    encode.add_argument("config", type=Path, help="a Python file with a function config() -> Config")
+    encode.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting")
 
     cores = len(os.sched_getaffinity(0))
     for sub in (make, index, check):
@@ -72,7 +79,7 @@ def _make(arguments: argparse.Namespace, limits: "Limits") -> int:
         processes=arguments.processes,
         limits=limits,
     )
-    with _bar("packing", len(sources)) as update:
+    with bar("packing", len(sources)) as update:
 
         def on_progress(now: Progress) -> None:
             update(now.source, f"{now.images} images in {now.shards} shards, {now.rejected} left out")
@@ -97,7 +104,7 @@ def _index(arguments: argparse.Namespace, limits: "Limits") -> int:
 
     shards = expand([_shards_in(path) for path in arguments.shard])
     failed = 0
-    with _bar("indexing", len(shards)) as update:
+    with bar("indexing", len(shards)) as update:
         for n, shard in enumerate(shards):
 
             def on_progress(done: int, of: int, n: int = n, shard: str = shard) -> None:
@@ -160,7 +167,7 @@ def _shards_in(path: str) -> str:
 
 
 @contextmanager
-def _bar(text: str, total: float) -> Iterator[Callable[[float, str], None]]:
+def bar(text: str, total: float, *, shown: bool = True) -> Iterator[Callable[[float, str], None]]:
     """A progress bar on the error stream, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -168,7 +175,11 @@ def _bar(text: str, total: float) -> Iterator[Callable[[float, str], None]]:
     console = Console(stderr=True)
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+        transient=True,
     ) as progress:
         task = progress.add_task(text, total=total, now="")
         yield lambda done, now: progress.update(task, completed=done, now=now)

@@ -20,14 +20,15 @@ from iomm.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from iomm.data.indexer import index_shard
 from tests.tiny_models import save_internvl, save_vae
 
 COLOURS = ("red", "green", "blue", "gold", "pink", "black")
 IMAGE_PX = 32
 
 
-def draw_png(i: int) -> bytes:
-    image = Image.new("RGB", (IMAGE_PX, IMAGE_PX), "white")
+def draw_png(i: int, size_px: tuple[int, int] = (IMAGE_PX, IMAGE_PX)) -> bytes:
+    image = Image.new("RGB", size_px, "white")
     x, y = 3 * (i % 5), 2 * (i % 7)
     ImageDraw.Draw(image).ellipse((x, y, x + 14, y + 14), fill=COLOURS[i % len(COLOURS)])
     data = io.BytesIO()
@@ -54,12 +55,24 @@ def write_images(path: Path, first: int, count: int, captions_every: int = 1) ->
     return write_shard(path, members)
 
 
+def write_shapes(path: Path) -> Path:
+    """24 captioned images, square, tall and wide in turn, with an index."""
+    sizes_px, members = ((72, 72), (40, 150), (150, 40)), []
+    for i in range(24):
+        members.append((f"i{i:04d}.png", draw_png(i, sizes_px[i % 3])))
+        members.append((f"i{i:04d}.txt", f"{COLOURS[i % len(COLOURS)]} ball".encode()))
+    write_shard(path, members)
+    index_shard(str(path))
+    return path
+
+
 def build_world(folder: Path) -> Path:
     """Frozen models and shards for `small_config`."""
     save_internvl(folder / "mllm")
     save_vae(folder / "vae")
     write_images(folder / "train.tar", 0, 40, captions_every=2)
     write_images(folder / "heldout.tar", 40, 8)
+    write_shapes(folder / "shapes.tar")
     return folder
 
 

@@ -21,6 +21,7 @@ class Job:
 
     settings: dict[str, Any] = field(default_factory=dict)  # by dotted name with "__" for "."
     tolerance: float = 1e-9  # of any number, relative (of a weight: to the largest of its tensor)
+    shards: str = "train.tar"
 
 
 _FP64 = {"train__precision": "fp64", "parallel__distributed_optimizer": False}
@@ -43,6 +44,19 @@ JOBS = {
     "long": Job(
         settings=_FP64
         | {"data__mix_ratio": 0.5, "condition__mask_mode": "drop", "condition__condition_tokens": "all"}
+    ),
+    # Images change their shape from step to step, and their size in mid-run.
+    "buckets": Job(
+        settings=_FP64
+        | {
+            "data__mix_ratio": 0.5,
+            "data__buckets": True,
+            "data__crop": "random",
+            "data__flip": True,
+            "data__image_px": 64,
+            "data__progression": [[0, 32], [3, 64]],
+        },
+        shards="shapes.tar",
     ),
     "z_image": Job(settings=_FP64 | _Z_IMAGE | {"data__mix_ratio": 0.5}),
     "fp32": Job(settings=_FP32 | {"condition__mask_mode": "hide"}, tolerance=1e-4),
@@ -111,6 +125,8 @@ class Run:
     def config(self, world: Path, out: Path) -> Config:
         settings = {
             "data__heldout": [],
+            "data__images": [str(world / JOBS[self.job].shards)],
+            "data__pairs": [str(world / JOBS[self.job].shards)],
             "generator__double_blocks": 3,
             "generator__single_blocks": 2,
             "train__steps": STEPS,
@@ -132,6 +148,7 @@ FROM_SCRATCH = [
     *_runs("mixed", *(layout for layout in LAYOUTS if layout != "1")),
     *_runs("fp32", "dp2", "tp2 sp", "pp2 vp2", "tp2 dp2", "pp2 dp2"),
     *_runs("long", "tp2 sp", "pp2", "pp2 shared", "tp2 sp pp2 vp2 shared"),
+    *_runs("buckets", "dp2", "tp2", "pp2", "pp2 shared", "pp2 vp2 dp2"),
     *_runs("z_image", "tp2 sp", "pp2"),
     *_runs("muon", "tp2", "dp2", "pp2"),
 ]
@@ -164,6 +181,7 @@ MOVED = [
     ),
     *_ring("fp32", "1", "dp2", "tp2 dp2", "pp2 vp2", "pp2 dp2", "tp2 sp"),
     *_ring("z_image", "1", "tp2 sp", "pp2"),
+    *_ring("buckets", "dp2", "pp2 shared"),
     *_ring("muon", "1", "tp2", "dp2", "pp2"),
 ]
 # Saved and loaded in the same layout: the numbers are the same to the last bit.

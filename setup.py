@@ -4,6 +4,8 @@ is in pyproject.toml.
 `iomm_kernels` lies in kernels/, a folder that is no package itself: the top-level name `kernels` belongs to
 another project that transformers looks for.
 
+`iomm.launch.scripts` is examples/slurm: `iomm launch slurm` submits the script that users read there.
+
 csrc/ is compiled into a wheel where torch and a compiler are there. pip's isolated builds see no torch, so
 that needs `pip wheel --no-build-isolation .`; a checkout builds in place with `make kernels`. Without csrc/
 the package works.
@@ -37,8 +39,9 @@ class BuildLibraries(build_ext):
 
 setup(
     packages=find_packages(include=["iomm", "iomm.*"])
+    + ["iomm.launch.scripts"]
     + find_packages(where="kernels", include=["iomm_kernels", "iomm_kernels.*"]),
-    package_dir={"iomm_kernels": "kernels/iomm_kernels"},
+    package_dir={"iomm_kernels": "kernels/iomm_kernels", "iomm.launch.scripts": "examples/slurm"},
     ext_modules=[
         Extension(
             f"iomm_kernels.{library.name}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iomm.data import shard_command
+from iomm.launch import slurm as launch_slurm
 from iomm.plan import command as plan_command
 from iomm_kernels import bench_cli
 
@@ -150,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     plan_command.add_arguments(
         add("plan", _plan, "memory, time and cost of a run on a cluster, and its fastest layout")
     )
+
+    text = "put a training run on a cluster"
+    launch = commands.add_parser("launch", help=text, description=text)
+    clusters = launch.add_subparsers(required=True, metavar="CLUSTER")
+    slurm = clusters.add_parser("slurm", help=launch_slurm.DESCRIPTION, description=launch_slurm.DESCRIPTION)
+    slurm.set_defaults(command=_launch_slurm)
+    launch_slurm.add_arguments(slurm)
 
     shard_command.add_arguments(add("shard", _shard, shard_command.DESCRIPTION))
 
@@ -345,6 +353,10 @@ def _shard(arguments: argparse.Namespace) -> int:
     from iomm.training.encode import run
 
     return run(load_config(arguments.config).override(arguments.set))
+
+
+def _launch_slurm(arguments: argparse.Namespace) -> int:
+    return launch_slurm.run(arguments, load_config(arguments.config).override(arguments.set))
 
 
 def _doctor(_: argparse.Namespace) -> int:

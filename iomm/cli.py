@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iomm.data import shard_command
+from iomm.evaluation import status
 from iomm.launch import slurm as launch_slurm
 from iomm.plan import command as plan_command
 from iomm_kernels import bench_cli
@@ -161,7 +162,18 @@ def _parser() -> argparse.ArgumentParser:
 
     shard_command.add_arguments(add("shard", _shard, shard_command.DESCRIPTION))
 
-    add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
+    status.add_arguments(add("status", status.run, status.DESCRIPTION))
+
+    doctor = add("doctor", _doctor, "what this machine has, which backends are usable, and why not")
+    doctor.add_argument(
+        "--distributed", action="store_true", help="compare all ranks; launched like the training"
+    )
+    doctor.add_argument(
+        "--config", type=Path, help="with --distributed: compare the settings of this run too"
+    )
+    doctor.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting of --config"
+    )
     return parser
 
 
@@ -359,7 +371,14 @@ def _launch_slurm(arguments: argparse.Namespace) -> int:
     return launch_slurm.run(arguments, load_config(arguments.config).override(arguments.set))
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.distributed:
+        from iomm.doctor.ranks import run
+
+        config = None if arguments.config is None else load_config(arguments.config)
+        return run(config if config is None else config.override(arguments.set))
+    if arguments.config is not None or arguments.set:
+        raise UsageError("--config and --set compare the ranks' settings: add --distributed.")
     from iomm.doctor import collect, render
 
     sys.stdout.write(render(collect()))

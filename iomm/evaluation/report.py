@@ -19,6 +19,7 @@ from PIL import Image
 
 from iomm.evaluation import figures
 from iomm.evaluation.runlog import Record, RunLog, read_run
+from iomm.evaluation.status import Follower, rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_GRID_STEPS = 10  # steps whose grids are shown: the last, the first and evenly spaced ones between
@@ -72,6 +73,7 @@ def page_content(log: RunLog) -> dict[str, Any]:
         "facts": _facts(log),
         "warnings": _warnings(log),
         "tiles": _tiles(log),
+        "status": rows(Follower(log.folder).read()),
         "training": _training_figures(log),
         "heldout": figures.heldout_curve(log.evals) if _has(log.evals, "velocity_loss") else None,
         "heldout_rows": _heldout_rows(log.evals),

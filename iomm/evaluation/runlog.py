@@ -41,7 +41,7 @@ def read_run(folder: Path) -> RunLog:
     Raises:
         ValueError: `folder` is no folder, or holds neither run.json nor metrics.jsonl.
     """
-    _require_run(folder)
+    require_run(folder)
     notes: list[str] = []
     records = list(read_jsonl(folder / "metrics.jsonl", notes))
     train, evals, superseded = _last_word(records)
@@ -113,7 +113,12 @@ def _last_word(records: list[Record]) -> tuple[list[Record], list[Record], int]:
     return kept["train"], kept["eval"], superseded
 
 
-def _require_run(folder: Path) -> None:
+def require_run(folder: Path) -> None:
+    """Refuse what is not the folder of a run.
+
+    Raises:
+        ValueError: no folder, or one with neither run.json nor metrics.jsonl.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Name the folder of a run, for example runs/NAME.")
     if (folder / "run.json").exists() or (folder / "metrics.jsonl").exists():

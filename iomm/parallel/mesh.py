@@ -5,7 +5,9 @@ Every other module gets its process groups as an argument: `mesh.groups` (Megatr
 next to each other: rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank.
 """
 
+import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +165,46 @@ def start(parallel: ParallelConfig) -> Mesh:
     )
     _current = (parallel, mesh)
     return mesh
+
+
+def agree(mine: str, judge: Callable[[list[str]], str], wait_s: float = 600.0) -> str:
+    """What rank 0 says to everybody's texts, before there are process groups; all ranks call.
+
+    Nothing but torchrun's store is used, so it works where the ranks would not come together: with other
+    versions, or some with a GPU and some without.
+
+    Args:
+        mine: this rank's text.
+        judge: called on rank 0, with the texts in the order of ranks.
+        wait_s: how long rank 0 waits for them.
+    Raises:
+        TimeoutError: names the ranks that did not come.
+    """
+    if "RANK" not in os.environ:
+        return judge([mine])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, patience = _meeting_place(), datetime.timedelta(seconds=wait_s)
+    store.set(f"text_{rank}", mine)
+    if rank == 0:
+        _wait_for(store, [f"text_{r}" for r in range(world_size)], patience)
+        store.set("answer", judge([store.get(f"text_{r}").decode() for r in range(world_size)]))
+    store.wait(["answer"], 2 * patience)
+    answer = store.get("answer").decode()
+    store.set(f"heard_{rank}", "")
+    if rank == 0:  # which may be the store's host: it must not leave first
+        _wait_for(store, [f"heard_{r}" for r in range(world_size)], patience)
+    return answer
+
+
+def _wait_for(store: Store, keys: list[str], patience: datetime.timedelta) -> None:
+    try:
+        store.wait(keys, patience)
+    except dist.DistStoreError:
+        late = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise TimeoutError(
+            f"ranks {', '.join(late)} of {len(keys)} did not answer within {patience.total_seconds():g} s. "
+            "Look at their nodes and logs, or launch without them."
+        ) from None
 
 
 def stop() -> None:

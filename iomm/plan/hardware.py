@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from iomm.evaluation.peaks import PEAK_BF16_FLOPS
+
 GIB = 2**30
 NODE_GPUS = 8
 
@@ -26,7 +28,7 @@ class Gpu:
 
 _H100 = Gpu(
     name="h100",
-    bf16_flops=989e12,
+    bf16_flops=PEAK_BF16_FLOPS["NVIDIA H100 80GB HBM3"],
     fp8_flops=1979e12,
     tf32_flops=494.5e12,
     memory_bytes=80 * GIB,

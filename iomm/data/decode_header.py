@@ -23,6 +23,7 @@ from iomm.data.view import Box
 
 Format = Literal["jpeg", "png", "webp"]
 MAX_PIXELS = 100_000_000
+_MAX_SCANS = 100  # of a JPEG; encoders write about ten
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF tag
 # Orientations that, after rows and columns changed places (5 ... 8), mirror left and right, up and down.
@@ -108,10 +109,13 @@ def open_image(data: bytes) -> ImageFile:
     process.
 
     Raises:
-        BadSample: another format. Whatever Pillow raises for a damaged header comes through.
+        BadSample: another format, or a JPEG of too many scans. Whatever Pillow raises for a damaged header
+            comes through.
     """
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile(io.BytesIO(data))
+        jpeg = JpegImageFile(io.BytesIO(data))
+        _refuse_many_scans(jpeg, data)
+        return jpeg
     if data.startswith(_PNG_SIGNATURE):
         return PngImageFile(io.BytesIO(data))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -119,6 +123,16 @@ def open_image(data: bytes) -> ImageFile:
     raise BadSample(
         "the file is empty" if not data else f"not a JPEG, PNG or WebP file: starts with {data[:8].hex(' ')}"
     )
+
+
+def _refuse_many_scans(file: JpegImageFile, data: bytes) -> None:
+    """Every scan is a pass over all pixels: a small file could ask for hours."""
+    assert file.fp is not None
+    at = file.fp.tell()  # behind the marker of the first scan: its length, and its number of components
+    if not file.info.get("progressive") and data[at + 2 : at + 3] >= bytes([file.layers]):
+        return  # sequential, all components in one scan: what follows is not looked at
+    if (scans := data.count(b"\xff\xda", at)) >= _MAX_SCANS:
+        raise BadSample(f"a JPEG of {scans + 1} scans, more than the limit of {_MAX_SCANS}")
 
 
 def _read(file: ImageFile, data: bytes) -> Header:

@@ -17,13 +17,14 @@ N samples, M of them with a caption, in one shard.
 
 import io
 import json
+import os
 import shutil
 import struct
 import tempfile
 import weakref
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from typing import BinaryIO, Self
 
@@ -145,6 +146,7 @@ def write_index(path: str, shards: Iterable[ShardIndex]) -> None:
         return
     with stores.replacing(path) as file:
         _write(file, shards)
+    _open_again.cache_clear()  # the file that was replaced may end in the very same bytes
 
 
 def _write(file: BinaryIO, shards: Iterable[ShardIndex]) -> None:
@@ -291,7 +293,24 @@ def _read_footer(path: str, local: str) -> tuple[bytes, list[IndexedShard]]:
     footer = reader.read(size - _TRAILER.size - length, length)
     if zlib.crc32(footer) != crc:
         raise ValueError(_damaged(path, "its footer does not match its checksum"))
-    return trailer, [IndexedShard(**row) for row in json.loads(footer)["shards"]]
+    return trailer, _shards(path, footer, size - _TRAILER.size - length)
+
+
+def _shards(path: str, footer: bytes, end: int) -> list[IndexedShard]:
+    """The rows of a footer; their parts lie between the head and `end`."""
+    try:
+        shards = [IndexedShard(**row) for row in json.loads(footer)["shards"]]
+        for shard in shards:
+            os.fsencode(shard.name)
+            numbers = astuple(shard)[1:]
+            if "\0" in shard.name or any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError(f"the row {shard}")
+            size = shard.images * RECORD.itemsize + 4 * shard.captioned + shard.text_bytes
+            if shard.start < _HEAD.size or shard.start + size > end or shard.captioned > shard.images:
+                raise ValueError(f"the part of {shard.name!r} lies outside the file")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(_damaged(path, f"its footer: {type(error).__name__}: {error}")) from error
+    return shards
 
 
 @lru_cache(maxsize=_OPEN_INDEXES)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -115,7 +116,11 @@ class _Packer:
             self._seen.update(shard.records_N["content_hash"].tolist())
         for unfinished in folder.glob("*.part"):  # of a run that was killed
             unfinished.unlink()
-        os.truncate(_touched(folder / QUARANTINE), begun.quarantine_bytes)
+        quarantine = folder / QUARANTINE
+        quarantine.touch()
+        if (size := quarantine.stat().st_size) < begun.quarantine_bytes:
+            raise ValueError(_damaged(quarantine, f"it has {size} of its {begun.quarantine_bytes} bytes"))
+        os.truncate(quarantine, begun.quarantine_bytes)
         self._quarantine = open(folder / QUARANTINE, "ab")  # noqa: SIM115 - closed by close
         self._tar = _ShardFile(self._path(begun.shards))
         self._places: deque[tuple[int, int]] = deque()  # of entries in work: source, number in it
@@ -186,6 +191,7 @@ class _Packer:
         os.fsync(self._quarantine.fileno())
         self.now = replace(self.now, quarantine_bytes=self._quarantine.tell())
         state = {"job": self._job, "progress": asdict(self.now)}
+        state["crc32"] = _state_crc(state)
         stores.write_whole(str(self._folder / STATE), json.dumps(state, indent=1).encode())
 
     def _reject(self, name: str, reason: str) -> None:
@@ -270,7 +276,7 @@ def _begun(folder: Path, job: dict[str, object]) -> Progress:
     """How far an earlier call came.
 
     Raises:
-        ValueError: it was another make.
+        ValueError: it was another make, or its state is damaged.
     """
     path = folder / STATE
     if not path.exists():
@@ -280,7 +286,13 @@ def _begun(folder: Path, job: dict[str, object]) -> Progress:
                 "folder with -o."
             )
         return Progress()
-    state = json.loads(path.read_text())
+    try:
+        state = json.loads(path.read_bytes())
+        whole = state.pop("crc32") == _state_crc(state)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+    if not whole:
+        raise ValueError(_damaged(path, "it does not match its checksum"))
     if state["job"] != json.loads(json.dumps(job)):
         raise ValueError(
             f"{folder} was begun from other sources or with other options: {json.dumps(state['job'])}; now: "
@@ -301,6 +313,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _touched(path: Path) -> Path:
-    path.touch()
-    return path
+def _state_crc(state: dict[str, object]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _damaged(path: Path, what: str) -> str:
+    return (
+        f"{path}: damaged: {what}. How far the make came is not known: begin again in a new folder, or empty "
+        "this one."
+    )

@@ -60,6 +60,7 @@ class FolderSource:
     def _folders(self) -> Iterator[tuple[str, list[str]]]:
         for folder, folders, names in os.walk(self.path, onerror=_raise):
             folders.sort()
+            names += [name for name in folders if os.path.islink(os.path.join(folder, name))]  # not followed
             yield folder, sorted(name for name in names if not name.startswith("."))
 
     def _items(self) -> Iterator[Item | Rejected]:
@@ -74,7 +75,7 @@ class FolderSource:
                 elif _suffix(name) in _ARCHIVES:
                     yield Rejected(path, "not looked into: name it as a source of its own")
                 elif not os.path.isfile(path):
-                    yield Rejected(path, "not a plain file, or a link that leads nowhere")
+                    yield Rejected(path, "not a plain file, but a device, or a link to a folder or nowhere")
                 else:
                     yield self._item(folder, name, captions)
 
@@ -178,7 +179,9 @@ class ParquetSource:
         try:
             with stores.local_copy(self.path) as local, ParquetFile(local) as file:
                 yield from itertools.islice(self._items(file), start, None)
-        except ArrowException as error:
+        except (ArrowException, OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file system's, not the decompressor's
             yield Rejected(self.path, f"a damaged Parquet file: {error}. What stands before was read.")
 
     def _items(self, file: Any) -> Iterator[Item | Rejected]:

@@ -88,7 +88,10 @@ class _LocalReader:
     def read(self, offset: int, size: int) -> bytes:
         parts, wanted = [], size
         while wanted:
-            part = os.pread(self._fd, wanted, offset + size - wanted)
+            try:
+                part = os.pread(self._fd, wanted, offset + size - wanted)
+            except OSError as error:  # which says no name
+                raise OSError(error.errno, error.strerror, self._path) from error
             if not part:
                 raise OSError(_ended(self._path, offset + size))
             parts.append(part)

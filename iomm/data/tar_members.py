@@ -18,6 +18,7 @@ CAPTION_SUFFIX = "txt"
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # of one member with its long name and attributes, bytes
+_MAX_FILLING = 1 << 16  # zeros behind the last member, bytes; tar programs fill up to 10,240
 _log = logging.getLogger(__name__)
 
 
@@ -92,8 +93,8 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member]:
             if not member.isdir():
                 plain = member.isreg() and not member.issparse()
                 yield Member(member.name, member.offset_data, member.size, plain)
-    # Damaged numbers and attributes make tarfile raise ordinary errors too.
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, UnicodeError) as error:
+    # Damaged numbers and attributes make tarfile raise ordinary errors too, a chain of headers the last one.
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(torn(shard, tar.offset, str(error))) from error
     _check_end(shard, file, tar.offset)
 
@@ -107,15 +108,10 @@ def scan(shard: str) -> list[SampleRef]:
     """
     images: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
-    last, seen, closed = "", set[str](), set[str]()
+    last, seen, closed, second = "", set[str](), set[str](), list[str]()
     for name, offset, size in _plain_members(shard):
-        folder, _, base = name.removeprefix("./").rpartition("/")
+        base = name.removeprefix("./")
         key, _, suffix = base.partition(".")
-        if folder:
-            raise ValueError(
-                f"{shard}: member {name!r} lies in a folder. Keys are flat (KEY.webp, KEY.txt). "
-                "Pack the files from inside it, or pack the shard again with: iomm shard make"
-            )
         if not key:
             continue  # a hidden file, such as the ._KEY.jpg that macOS adds
         if base in seen or key in closed:
@@ -128,13 +124,21 @@ def scan(shard: str) -> list[SampleRef]:
             last, seen = key, set()
         seen.add(base)
         if suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(key, (offset, size))
+            if images.setdefault(key, (offset, size)) != (offset, size):
+                second.append(base)
         elif suffix.lower() == CAPTION_SUFFIX:
             captions[key] = (offset, size)
     imageless = [key for key in (*closed, last) if key and key not in images]
     if imageless:
         _log.warning(
             "%s: %d keys without an image left out, such as %r", shard, len(imageless), min(imageless)
+        )
+    if second:
+        _log.warning(
+            "%s: %d images left out, such as %r: their key has an image already",
+            shard,
+            len(second),
+            second[0],
         )
     return [SampleRef(shard, key, *place, *captions.get(key, (None, None))) for key, place in images.items()]
 
@@ -146,6 +150,11 @@ def _plain_members(shard: str) -> Iterator[tuple[str, int, int]]:
                 raise ValueError(
                     f"{shard}: member {member.name!r} is a link, device or sparse file. "
                     "Shards hold plain files only: pack the file itself."
+                )
+            if "/" in member.name.removeprefix("./"):
+                raise ValueError(
+                    f"{shard}: member {member.name!r} lies in a folder. Keys are flat (KEY.webp, KEY.txt). "
+                    "Pack the files from inside it, or pack the shard again with: iomm shard make"
                 )
             yield member.name, member.offset, member.size
 
@@ -159,16 +168,21 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def _check_end(shard: str, file: BinaryIO, offset: int) -> None:
-    """Zeros from `offset` to the end of the file, and at least one block of them.
+    """Zeros from `offset` to the end of the file: at least one block of them, and at most `_MAX_FILLING`.
 
-    tarfile takes a missing end, a damaged header or a second archive for the end of the shard, and samples
-    would be lost in silence.
+    tarfile takes a missing end, a damaged header, a second archive, or the zeros that an unfinished download
+    or a crash leaves, for the end of the shard, and samples would be lost in silence.
     """
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
         raise ValueError(torn(shard, offset, "no end-of-archive marker"))
+    zeros = 0
     while block:
+        zeros += len(block)
+        if zeros > _MAX_FILLING:
+            what = f"more than {_MAX_FILLING} zeros, as an unfinished download leaves them"
+            raise ValueError(torn(shard, offset, what))
         if block.count(0) != len(block):
             raise ValueError(
                 torn(

@@ -231,7 +231,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from iomm.checkpoint.generator import open_generator
     from iomm.evaluation.grid import image_grid, save_png
-    from iomm.system import paint
+    from iomm.sampling import paint
 
     _, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
     pictures = paint(
@@ -255,7 +255,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from iomm.conditioning.mask import keep_tokens
     from iomm.data.decode import decode_image
     from iomm.evaluation.grid import image_grid, save_png
-    from iomm.system import reconstruct
+    from iomm.sampling import reconstruct
 
     ratios: list[float] = arguments.mask_ratio or [0.0, 0.5, 0.85, 1.0]
     for ratio in ratios:

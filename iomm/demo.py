@@ -16,7 +16,7 @@ from iomm.config import Config
 from iomm.evaluation.grid import image_grid, save_png
 from iomm.evaluation.report import build_report
 from iomm.presets import tiny
-from iomm.system import paint
+from iomm.sampling import paint
 from iomm.training.train import train
 from iomm.training.watch import example_prompts
 

@@ -22,7 +22,6 @@ from iomm.conditioning.prefix import Prefix
 from iomm.config import Config
 from iomm.encoders import Encoded, Encoders, Shapes
 from iomm.flow.path import Grid, Prediction, grid_positions, to_velocity
-from iomm.flow.sampler import Guided, Method, Sampled, sample
 from iomm.flow.timesteps import training_timesteps
 from iomm.model.flops import block_costs, first_cost, last_cost
 from iomm.model.init import initialize
@@ -350,79 +349,3 @@ def training_loss(system: System, encoders: Encoders, item: Encoded) -> Tensor:
     """Loss of each sample of a training batch by a whole system; every draw is a function of (seed, global
     sample index)."""
     return system.advance(system.stages[0], None, micro_batch(system, encoders, item), encoders.mllm)
-
-
-@torch.no_grad()
-def generate(
-    system: System,
-    encoders: Encoders,
-    prefix: Prefix,
-    null: Prefix,
-    noise_BLC: Tensor,
-    *,
-    steps: int,
-    guidance: float,
-    method: Method = "euler",
-) -> Sampled:
-    """Latents for a condition, guided against the null condition. The conditions are computed once, not once
-    a step."""
-    conditional = system.condition(encoders.mllm, prefix)
-    unconditional = system.condition(encoders.mllm, null) if guidance != 1.0 else conditional
-    velocity = Guided(
-        lambda x, t: system.velocity(x, t, conditional),
-        lambda x, t: system.velocity(x, t, unconditional),
-        guidance,
-    )
-    return sample(velocity, noise_BLC, steps=steps, method=method, shift=system.config.flow.shift)
-
-
-def paint(
-    system: System,
-    encoders: Encoders,
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    steps: int,
-    guidance: float,
-    method: Method = "euler",
-) -> Tensor:
-    """Pictures of prompts, uint8 (B, 3, H, W). Picture i starts from the noise of (seed, i)."""
-    builder = encoders.prefixes
-    null = builder.for_text([builder.config.null_prompt] * len(prompts))
-    noise = encoders.noise(seed, Stream.SAMPLE, torch.arange(len(prompts)))
-    out = generate(
-        system,
-        encoders,
-        builder.for_text(prompts),
-        null,
-        noise,
-        steps=steps,
-        guidance=guidance,
-        method=method,
-    )
-    return encoders.codec.decode(out.x_BLC)
-
-
-def reconstruct(
-    system: System,
-    encoders: Encoders,
-    image_BCHW: Tensor,
-    keep_BN: Tensor,
-    *,
-    seed: int,
-    steps: int,
-    guidance: float = 1.0,
-    method: Method = "euler",
-) -> Tensor:
-    """Pictures generated from images' own masked patch tokens, uint8 (B, 3, H, W).
-
-    Args:
-        image_BCHW: uint8 RGB.
-        keep_BN: True where a patch token is kept; all False is the null condition.
-    """
-    builder, patches_BNF = encoders.prefixes, encoders.mllm.vision(image_BCHW)
-    prefix = builder.for_images(patches_BNF, keep_BN)
-    null = builder.for_images(patches_BNF, torch.zeros_like(keep_BN))
-    noise = encoders.noise(seed, Stream.SAMPLE, torch.arange(len(image_BCHW)))
-    out = generate(system, encoders, prefix, null, noise, steps=steps, guidance=guidance, method=method)
-    return encoders.codec.decode(out.x_BLC)

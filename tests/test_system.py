@@ -11,7 +11,8 @@ from iomm.encoders import Encoders, Shapes
 from iomm.flow.path import grid_positions
 from iomm.model.init import initialize
 from iomm.parallel.mesh import Mesh
-from iomm.system import System, build, count_condition_flops, paint, training_loss
+from iomm.sampling import paint
+from iomm.system import System, build, count_condition_flops, training_loss
 from tests.small_run import IMAGE_PX, small_config
 from tests.tiny_models import MLLMS, save_dc_ae, save_flux2_vae, save_vae
 

@@ -19,7 +19,8 @@ from iomm.flow.path import interpolate, velocity_target
 from iomm.flow.timesteps import evaluation_timesteps
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream
-from iomm.system import System, reconstruct
+from iomm.sampling import reconstruct
+from iomm.system import System
 
 EVAL_SEED = 20_260_316  # of noise and masks; fixed, so that runs with different seeds compare
 CONDITIONS = ("image", "text", "null")

@@ -15,7 +15,8 @@ from iomm.encoders import Encoded, Encoders
 from iomm.evaluation.grid import image_grid, save_png
 from iomm.evaluation.heldout import CONDITIONS, EVAL_SEED, copying, heldout_loss
 from iomm.parallel.mesh import Mesh
-from iomm.system import System, paint
+from iomm.sampling import paint
+from iomm.system import System
 from iomm.training.run import Run
 
 GRID_IMAGES = 12

@@ -20,7 +20,8 @@ from iomm.checkpoint.streaming import SafetensorsReader
 from iomm.cli import main
 from iomm.encoders import Encoders
 from iomm.random import Stream, normal
-from iomm.system import System, generate, paint
+from iomm.sampling import generate, paint
+from iomm.system import System
 from iomm.training.train import train
 from tests.random_run import Z_IMAGE, save_random_run
 from tests.small_run import config_file, small_config

@@ -20,14 +20,7 @@
 #include <type_traits>
 #include <vector>
 
-// A function with this mark is compiled for AVX-512, for AVX2 and for any x86-64; the loader picks. One library then runs
-// on every node of a mixed cluster. Functions it calls have to be inlined, or they stay code for any x86-64.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define IOMM_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define IOMM_CLONES
-#endif
-#define IOMM_INLINE inline __attribute__((always_inline))
+#include "clones.h"
 
 namespace iomm {
 

@@ -1,5 +1,8 @@
-"""Image file to uint8 pixels on the CPU, fast for JPEG: libjpeg-turbo through simplejpeg, then torch's uint8
-resize, which is Pillow's bicubic with antialiasing in vector instructions (at most one level apart).
+"""Image file to uint8 pixels on the CPU, fast for JPEG, in one of two ways whose pixels are at most one level
+apart, and that far from Pillow's bicubic with antialiasing:
+
+    rows    libjpeg-turbo row by row into a resize of our own (csrc/jpeg_view.c), if `make kernels` built it
+    whole   libjpeg-turbo through simplejpeg, then torch's uint8 resize
 
 C = 3 channels (red, green, blue), H and W the view's height and width.
 
@@ -10,6 +13,7 @@ edges lie on multiples of that many pixels. PNG, WebP and CMYK JPEG go Pillow's 
 import math
 import threading
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from iomm.data.decode import decode_view
 from iomm.data.decode_header import MAX_PIXELS, Header, probe
 from iomm.data.errors import BadSample
 from iomm.data.view import Box, View, reduce
+from iomm_kernels import jpeg
 
 _KEPT_BYTES = 48 << 20  # of scratch memory between images: a 16-megapixel image; larger ones get their own
 _held = threading.local()
@@ -35,8 +40,20 @@ class CpuDecoder:
 
     whole_batches = False
 
-    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, max_pixels: int = MAX_PIXELS, *, way: Literal["rows", "whole"] | None = None) -> None:
+        """
+        Args:
+            max_pixels: an image with more is refused by its header.
+            way: how JPEGs are decoded; None: row by row where that was built.
+
+        Raises:
+            ValueError: it is to be row by row, and that was not built.
+        """
+        problem = jpeg.problem()
+        if way == "rows" and problem is not None:
+            raise ValueError(f"JPEGs cannot be decoded row by row: the library {problem}.")
         self._max_pixels = max_pixels
+        self._decode_jpeg = _decode_rows if problem is None and way != "whole" else _decode_whole
 
     def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
         """As `Decoder.decode`."""
@@ -47,9 +64,17 @@ class CpuDecoder:
             header = probe(data, max_pixels=self._max_pixels)
             if not is_plain_jpeg(header):
                 return decode_view(data, view, max_pixels=self._max_pixels)
-            return _decode_jpeg(data, header, view)
+            return self._decode_jpeg(data, header, view)
         except BadSample as error:
             return error
+
+
+def jpeg_way() -> str:
+    """How JPEGs are decoded on this machine's CPU, and why not faster."""
+    problem = jpeg.problem()
+    if problem is None:
+        return "JPEGs row by row (csrc)"
+    return f"JPEGs by simplejpeg and torch; the faster library {problem}"
 
 
 def is_plain_jpeg(header: Header) -> bool:
@@ -68,8 +93,38 @@ def crop_and_size(header: Header, view: View) -> tuple[int, Box, tuple[int, int]
     return factor, box, (height, width)
 
 
-def _decode_jpeg(data: bytes, header: Header, view: View) -> Tensor:
-    """A view of a plain JPEG.
+def _decode_rows(data: bytes, header: Header, view: View) -> Tensor:
+    """A view of a plain JPEG, row by row.
+
+    Raises:
+        BadSample: damaged, truncated, or libjpeg-turbo warned about it.
+    """
+    factor, box, (height, width) = crop_and_size(header, view)
+    up, across = (axis in header.mirrored_axes for axis in (0, 1))
+    across ^= view.flip
+    # Rows and columns of a picture that lies sideways change places last.
+    mirrored, upside_down = (up, across) if header.sideways else (across, up)
+    cut = jpeg.Cut(
+        width=header.width_px,
+        height=header.height_px,
+        reduce=factor,
+        left=box.left_px // factor,
+        top=box.top_px // factor,
+        columns=box.width_px // factor,
+        rows=box.height_px // factor,
+        out_width=width,
+        out_height=height,
+        mirrored=mirrored,
+        upside_down=upside_down,
+    )
+    image_CHW = jpeg.view(data, cut)
+    if isinstance(image_CHW, str):
+        raise BadSample(f"cannot be decoded: {image_CHW}")
+    return torch.from_numpy(np.ascontiguousarray(image_CHW.swapaxes(1, 2)) if header.sideways else image_CHW)
+
+
+def _decode_whole(data: bytes, header: Header, view: View) -> Tensor:
+    """A view of a plain JPEG, decoded whole.
 
     Raises:
         BadSample: damaged, truncated, or libjpeg-turbo warned about it.
@@ -108,7 +163,9 @@ def _scratch(name: str, shape: tuple[int, int, int]) -> np.ndarray:
 
 def planes(image_HWC: np.ndarray) -> np.ndarray:
     """(H, W, C) of any strides to (C, H, W), contiguous."""
-    return np.ascontiguousarray(image_HWC.transpose(2, 0, 1))
+    image_CHW = np.ascontiguousarray(image_HWC.transpose(2, 0, 1))
+    # A mirrored axis of one pixel counts as contiguous with its negative stride, which torch does not take.
+    return image_CHW if min(image_CHW.strides) > 0 else image_CHW.copy()
 
 
 def _resize(image_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Builds the compiled operators: csrc/*.cpp into one library, csrc/*.cu into another.
+"""Builds what is compiled: operators, csrc/*.cpp into one library and csrc/*.cu into another, and the decoder
+of JPEGs, csrc/*.c, into a third.
 
     python -m iomm_kernels.build        what this machine's compilers allow, beside this file (`make kernels`)
 
-Sources see torch through its stable ABI only, so a library serves every Python and every torch from 2.10 on.
-A file `<library>.digest` holds the digest of what a library was built from: an unchanged one is left alone,
+Operators see torch through its stable ABI only, so a library serves every Python and every torch from 2.10
+on; the decoder sees neither. A file `<library>.digest` holds the digest of what a library was built from: an unchanged one is left alone,
 and `iomm_kernels.csrc` refuses one that is older than its sources.
 """
 
@@ -35,6 +36,9 @@ class Library:
     variable: str  # environment variable that names another compiler
     flags: tuple[str, ...]
     links: tuple[str, ...]
+    torch: bool = True  # whether it is made of operators; its `links` then are torch's, else the system's
+    probe: str = ""  # a source that the compiler can read where the system has what is needed
+    needs: str = ""  # what that is, and how to get it
 
     @property
     def file(self) -> str:
@@ -58,18 +62,27 @@ class Library:
         """Why it cannot be built here; None if it can."""
         if not self.sources():
             return "has no sources here (csrc/ of a checkout)"
-        if self.program() is None:
+        program = self.program()
+        if program is None:
             asked = os.environ.get(self.variable)
             return f"needs a compiler {asked or self.compiler!r} on PATH, or another named in {self.variable}"
-        if torch_folder() is None:
+        if self.torch and torch_folder() is None:
             return "needs torch's headers, and torch is not installed for this Python"
+        if (
+            self.probe
+            and subprocess.run(
+                [program, "-E", "-"], input=self.probe, text=True, capture_output=True, check=False
+            ).returncode
+        ):
+            return f"needs {self.needs}"
         return None
 
     def stale(self, folder: Path = HERE) -> str | None:
         """Why the library in this folder is of no use; None if it is there and made from these sources."""
         path = folder / self.file
         if not path.exists():
-            return f"is not built: {path} is not there (run `make kernels`; it needs {self.compiler})"
+            needs = self.needs or self.compiler
+            return f"is not built: {path} is not there (run `make kernels`; it needs {needs})"
         record = folder / f"{self.file}.digest"
         if self.sources() and (not record.exists() or record.read_text() != self.digest()):
             return f"is older than its sources in {SOURCES} (run `make kernels`)"
@@ -78,6 +91,8 @@ class Library:
     def missing(self) -> list[str]:
         """Libraries of torch that it links and the installed torch has not: a CPU build has no torch_cuda. It
         can be built nevertheless, and not loaded."""
+        if not self.torch:
+            return []
         folder = _torch() / "lib"
         return [name for name in self.links if not (folder / f"lib{name}.so").exists()]
 
@@ -85,7 +100,7 @@ class Library:
 CPU = Library(
     name="_csrc",
     suffix=".cpp",
-    headers=("common", "norm_rows", "philox", "stream_rows"),
+    headers=("clones", "common", "norm_rows", "philox", "stream_rows"),
     compiler="c++",
     variable="CXX",
     flags=("-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *HIDE),
@@ -100,6 +115,24 @@ CUDA = Library(
     flags=("-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", ",".join(HIDE)),
     links=("torch_cpu", "torch_cuda"),
 )
+JPEG = Library(
+    name="_jpeg",
+    suffix=".c",
+    headers=("clones", "resize_rows"),
+    compiler="cc",
+    variable="CC",
+    flags=("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *HIDE),
+    links=("jpeg", "m"),
+    torch=False,
+    probe="""#include <stdio.h>
+#include <jpeglib.h>
+#if LIBJPEG_TURBO_VERSION_NUMBER < 2001000
+#error older than 2.1
+#endif
+""",
+    needs="cc and the headers of libjpeg-turbo 2.1 or newer (Debian: apt-get install libjpeg62-turbo-dev)",
+)
+LIBRARIES = (CPU, CUDA, JPEG)
 
 
 def torch_folder() -> Path | None:
@@ -118,8 +151,8 @@ def compile_command(library: Library, source: Path, target: Path) -> list[str]:
     """One source file to one object file."""
     program = library.program()
     assert program is not None, library.problem()
-    includes = ["-isystem", str(_torch() / "include")]
-    return [program, *library.flags, TORCH_TARGET, *includes, "-c", str(source), "-o", str(target)]
+    torch = [TORCH_TARGET, "-isystem", str(_torch() / "include")] if library.torch else []
+    return [program, *library.flags, *torch, "-c", str(source), "-o", str(target)]
 
 
 def link_commands(library: Library, objects: list[Path], target: Path) -> list[list[str]]:
@@ -134,8 +167,9 @@ def link_commands(library: Library, objects: list[Path], target: Path) -> list[l
         [*empty, f"-Wl,-soname=lib{name}.so", "-o", str(folder / f"lib{name}.so")]
         for name in library.missing()
     ]
-    search = [f"-L{_torch() / 'lib'}", f"-L{folder}", *(f"-l{name}" for name in library.links)]
-    return [*stubs, [program, "-shared", *map(str, objects), *search, "-o", str(target)]]
+    search = [f"-L{_torch() / 'lib'}", f"-L{folder}"] if library.torch else []
+    links = [f"-l{name}" for name in library.links]
+    return [*stubs, [program, "-shared", *map(str, objects), *search, *links, "-o", str(target)]]
 
 
 def build(library: Library, folder: Path, jobs: int = 2) -> Path:
@@ -179,7 +213,7 @@ def run(command: list[str]) -> str:
 
 def main() -> int:
     """Build what can be built here; a missing compiler is said and is no failure, a failing one is."""
-    for library in (CPU, CUDA):
+    for library in LIBRARIES:
         problem = library.problem()
         if problem is None and library.missing():
             problem = "could not be loaded: the installed torch is a CPU build"

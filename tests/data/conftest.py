@@ -1,6 +1,6 @@
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from iomm.config import DataConfig
 from iomm.data.errors import BadSampleReport
 from iomm.data.loader import Loader
+from iomm_kernels import build, jpeg
 
 Members = Sequence[tuple[str, bytes]]
 KEYS = "abcdefg"  # samples of `shard`, of which the first three have captions
@@ -66,6 +67,24 @@ def never(report: BadSampleReport) -> None:
 def loader(images: str, *, seed: int = 3, on_bad=never, **changes) -> Loader:
     settings_ = {"pairs": (images,), "mix_ratio": 0.5, "image_px": 8, "decode_threads": 2} | changes
     return Loader(DataConfig(images=(images,), **settings_), seed, on_bad=on_bad)
+
+
+@pytest.fixture(scope="module")
+def compiled_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The JPEG decoder that `make kernels` built, or one built here; skips where it cannot be."""
+    if jpeg.problem() is None:
+        yield
+        return
+    if problem := build.JPEG.problem():
+        pytest.skip(f"the compiled JPEG decoder cannot be built: the library {problem}")
+    folder = tmp_path_factory.mktemp("jpeg")
+    build.build(build.JPEG, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IOMM_CSRC_DIR", str(folder))
+        jpeg._load.cache_clear()
+        assert jpeg.problem() is None, jpeg.problem()
+    yield
+    jpeg._load.cache_clear()
 
 
 @pytest.fixture

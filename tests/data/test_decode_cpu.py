@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,18 +9,30 @@ from PIL import Image
 from iomm.data import decode_header
 from iomm.data.decode import PillowDecoder, decode_image, decode_view
 from iomm.data.decode_cpu import CpuDecoder
-from iomm.data.decode_header import probe
+from iomm.data.decode_header import MAX_PIXELS, probe
 from iomm.data.errors import BadSample
 from iomm.data.view import Box, View, reduce
 from tests.data.conftest import encode, noise_image, psnr_db, scene
 
 SQUARE = View(32, 32)
+Decode = Callable[..., torch.Tensor]
 
 
-def decode_cpu(data: bytes, view: View = SQUARE) -> torch.Tensor:
-    [image_CHW] = CpuDecoder().decode([data], [view])
-    assert isinstance(image_CHW, torch.Tensor), image_CHW
-    return image_CHW
+@pytest.fixture(params=["rows", "whole"])
+def cpu(request: pytest.FixtureRequest) -> CpuDecoder:
+    if request.param == "rows":
+        request.getfixturevalue("compiled_jpeg")
+    return CpuDecoder(way=request.param, max_pixels=MAX_PIXELS)
+
+
+@pytest.fixture
+def decode_cpu(cpu: CpuDecoder) -> Decode:
+    def decode(data: bytes, view: View = SQUARE) -> torch.Tensor:
+        [image_CHW] = cpu.decode([data], [view])
+        assert isinstance(image_CHW, torch.Tensor), image_CHW
+        return image_CHW
+
+    return decode
 
 
 def oriented(image: Image.Image, orientation: int, format_: str = "JPEG", **options) -> bytes:
@@ -29,14 +42,14 @@ def oriented(image: Image.Image, orientation: int, format_: str = "JPEG", **opti
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_jpeg_of_the_views_size_keeps_the_pixels_that_the_reference_decodes(mode):
+def test_a_jpeg_of_the_views_size_keeps_the_pixels_that_the_reference_decodes(decode_cpu, mode):
     data = encode(scene(0, 32, 32).convert(mode), "JPEG", quality=90)
     assert torch.equal(decode_cpu(data), decode_view(data, SQUARE))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(75, 40), (40, 75)])
-def test_a_jpeg_is_cropped_turned_and_resized_as_the_reference_does(orientation, size):
+def test_a_jpeg_is_cropped_turned_and_resized_as_the_reference_does(decode_cpu, orientation, size):
     data = oriented(scene(1, *size), orientation, quality=90)
     got_CHW, want_CHW = decode_cpu(data), decode_view(data, SQUARE)
     assert got_CHW.dtype == torch.uint8
@@ -44,7 +57,7 @@ def test_a_jpeg_is_cropped_turned_and_resized_as_the_reference_does(orientation,
     assert (got_CHW.int() - want_CHW.int()).abs().max() <= 2
 
 
-def test_views_of_other_shapes_are_cut_from_the_upright_image():
+def test_views_of_other_shapes_are_cut_from_the_upright_image(decode_cpu):
     data = oriented(scene(2, 80, 60), 6, quality=90)
     view = View(24, 40)
     got_CHW = decode_cpu(data, view)
@@ -52,18 +65,18 @@ def test_views_of_other_shapes_are_cut_from_the_upright_image():
     assert psnr_db(got_CHW, decode_view(data, view)) >= 45
 
 
-def test_a_small_jpeg_is_enlarged_as_the_reference_does():
+def test_a_small_jpeg_is_enlarged_as_the_reference_does(decode_cpu):
     data = encode(scene(3, 20, 20), "JPEG", quality=90)
     assert (decode_cpu(data).int() - decode_view(data, SQUARE).int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("times", [2, 5, 9])
-def test_a_jpeg_decoded_at_reduced_size_stays_near_the_reference(times):
+def test_a_jpeg_decoded_at_reduced_size_stays_near_the_reference(decode_cpu, times):
     data = encode(scene(4, 48 * times, 32 * times), "JPEG", quality=90)
     assert psnr_db(decode_cpu(data), decode_view(data, SQUARE)) >= 38
 
 
-def test_the_reduced_decode_is_the_full_ones_crop_even_when_edges_are_odd():
+def test_the_reduced_decode_is_the_full_ones_crop_even_when_edges_are_odd(decode_cpu):
     for size in ((99, 66), (101, 67), (131, 131)):
         for orientation in (1, 3, 6):
             data = oriented(scene(5, *size, detail=0.1), orientation, quality=95)
@@ -80,25 +93,25 @@ def test_the_reduced_decode_is_the_full_ones_crop_even_when_edges_are_odd():
     ],
     ids=["png", "webp", "cmyk", "transparent"],
 )
-def test_what_is_no_plain_jpeg_is_decoded_by_the_reference(data):
+def test_what_is_no_plain_jpeg_is_decoded_by_the_reference(decode_cpu, data):
     assert torch.equal(decode_cpu(data), decode_view(data, SQUARE))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.97])
-def test_a_truncated_jpeg_is_a_bad_sample_and_the_others_are_decoded(kept):
+def test_a_truncated_jpeg_is_a_bad_sample_and_the_others_are_decoded(cpu, kept):
     good = encode(scene(6, 64, 64), "JPEG")
-    results = CpuDecoder().decode([good, good[: int(len(good) * kept)], good], [SQUARE] * 3)
+    results = cpu.decode([good, good[: int(len(good) * kept)], good], [SQUARE] * 3)
     assert [isinstance(result, BadSample) for result in results] == [False, True, False]
 
 
-def test_invented_pixels_of_a_damaged_jpeg_are_refused_where_pillow_takes_them():
+def test_invented_pixels_of_a_damaged_jpeg_are_refused_where_pillow_takes_them(cpu):
     good = encode(scene(7, 64, 64), "JPEG", quality=90)
     scan = good.index(b"\xff\xda")
     refused = taken = 0
     for at in range(scan + 40, len(good) - 2, max(1, (len(good) - scan) // 40)):
         damaged = good[:at] + b"\xff\xd0" + good[at + 2 :]  # a restart marker out of place
         [strict], [lax] = (
-            CpuDecoder().decode([damaged], [SQUARE]),
+            cpu.decode([damaged], [SQUARE]),
             PillowDecoder().decode([damaged], [SQUARE]),
         )
         refused += isinstance(strict, BadSample)
@@ -107,7 +120,7 @@ def test_invented_pixels_of_a_damaged_jpeg_are_refused_where_pillow_takes_them()
     assert taken >= 30
 
 
-def test_flipped_bytes_never_raise_anything():
+def test_flipped_bytes_never_raise_anything(cpu):
     rng = np.random.default_rng(8)
     good = oriented(scene(8, 40, 24), 6, quality=90)
     for _ in range(80):
@@ -118,11 +131,11 @@ def test_flipped_bytes_never_raise_anything():
         assert isinstance(result, BadSample) or result.shape == (3, 32, 32)
 
 
-def test_a_jpeg_that_promises_too_many_pixels_is_refused_by_its_header():
+def test_a_jpeg_that_promises_too_many_pixels_is_refused_by_its_header(cpu):
     data = encode(scene(9, 16, 16), "JPEG")
     at = data.index(b"\xff\xc0") + 5
     huge = data[:at] + struct.pack(">HH", 60_000, 50_000) + data[at + 4 :]
-    [result] = CpuDecoder().decode([huge], [SQUARE])
+    [result] = cpu.decode([huge], [SQUARE])
     assert isinstance(result, BadSample)
     assert result.reason == "50000 x 60000 px in the header, more than the limit of 100000000 px"
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
 from iomm_kernels import build  # noqa: E402
 
 LIBRARIES = [
-    library for library in (build.CPU, build.CUDA) if library.problem() is None and not library.missing()
+    library for library in build.LIBRARIES if library.problem() is None and not library.missing()
 ]
 
 

@@ -4,8 +4,8 @@ of JPEGs, csrc/*.c, into a third.
     python -m iomm_kernels.build        what this machine's compilers allow, beside this file (`make kernels`)
 
 Operators see torch through its stable ABI only, so a library serves every Python and every torch from 2.10
-on; the decoder sees neither. A file `<library>.digest` holds the digest of what a library was built from: an unchanged one is left alone,
-and `iomm_kernels.csrc` refuses one that is older than its sources.
+on; the decoder sees neither. A file `<library>.digest` holds the digest of what a library was built from: an
+unchanged one is left alone, and one that is older than its sources is refused.
 """
 
 import hashlib

@@ -370,6 +370,8 @@ class TrainConfig:
     straggler_every_steps: int = 100  # how often the ranks' times are compared; 0: never
     async_save: bool = False  # write checkpoints beside the training: a step waits for the copy only
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    prometheus_file: str | None = None  # figures for node_exporter's textfile collector: a file *.prom
+    profile_steps: tuple[int, int] | None = None  # first and last step of a torch.profiler window, every rank
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_images", "micro_batch_images", "keep_last", "log_every_steps"):
@@ -382,6 +384,12 @@ class TrainConfig:
         for name in ("hang_timeout_s", "stall_notice_s", "straggler_every_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} {value} must not be negative; 0 turns it off.")
+        first, last = self.profile_steps or (1, 1)
+        _require(
+            1 <= first <= last,
+            f"train.profile_steps {first}, {last} must be the first and the last step of a window, counted "
+            "from 1. For three steps: [11, 13].",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ Shown = tuple[int, str, str, str | None]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> DataConfig:
-    """120 images of several shapes, some damaged, half with captions; buckets, crops, flips, two stages."""
+    """120 images of several shapes, some damaged, most with captions; buckets, crops, flips, two stages."""
     folder = tmp_path_factory.mktemp("world")
     for part in range(2):
         with tarfile.open(folder / f"{part}.tar", "w") as tar:
             for n in range(part, 120, 2):
                 data = encode(noise_image(n, 32).resize(SHAPES[n % len(SHAPES)]))
                 files = [(f"{n:03}.png", data[:40] if n % 11 == 5 else data)]
-                files += [(f"{n:03}.txt", f"image {n}".encode())] * (n % 4 < 2)
+                files += [(f"{n:03}.txt", f"image {n}".encode())] * (n % 4 < 3)
                 for name, content in files:
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -96,7 +96,8 @@ def test_the_run_meets_everything_that_could_differ(whole):
     samples = sum(whole, [])
     assert len({key for _, key, _, _ in samples}) > 30
     assert {view.endswith("flip") for _, _, view, _ in samples} == {True, False}
-    assert sum(caption is not None for *_, caption in samples) == len(samples) // 2
+    pairs = sum(caption is not None for *_, caption in samples)
+    assert abs(pairs - len(samples) / 2) < 3  # exact to a sample in each bucket
     assert all(int(key) % 11 != 5 for _, key, _, _ in samples)
     assert all(caption is None or not caption.endswith("8") for *_, caption in samples)
     sizes = [{view.split(" ")[0] for _, _, view, _ in step} for step in whole]
@@ -105,7 +106,7 @@ def test_the_run_meets_everything_that_could_differ(whole):
     assert set.union(*sizes[LARGE_FROM:]) == {"16x16", "32x8", "8x32"}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(schedule=st.randoms(use_true_random=False))
 def test_a_run_killed_anywhere_goes_on_in_any_layout_with_the_same_batches(
     world, whole, schedule: random.Random

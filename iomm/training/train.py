@@ -18,11 +18,14 @@ from iomm.config import Config
 from iomm.data.errors import BadSampleReport
 from iomm.data.loader import Loader, global_batch_indices
 from iomm.encoders import Encoders
+from iomm.parallel.agreement import require_agreement
 from iomm.parallel.engine import Engine, StepResult
 from iomm.parallel.mesh import Mesh, start
 from iomm.system import System, build
 from iomm.training.phases import Phases
+from iomm.training.profiler import ProfileWindow
 from iomm.training.progress import TrainingProgress
+from iomm.training.prometheus import PrometheusFile
 from iomm.training.recovery import newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
@@ -65,6 +68,8 @@ class Trainer:
     first_step: int
     bad_samples: deque[BadSampleReport]  # filled by the loader's threads
     phases: Phases
+    profiler: ProfileWindow
+    figures: PrometheusFile
     stalls: deque[str] = field(default_factory=deque)  # filled by the watchdog's thread
     bad_in_a_row: int = 0
 
@@ -81,7 +86,9 @@ def train(config: Config) -> Outcome:
         Superseded: another launch has taken over the run's folder.
         TrainingAborted: too many NaN steps in a row.
     """
+    require_agreement(config)
     mesh = start(config.parallel)
+    figures = PrometheusFile(config.train.prometheus_file if mesh.rank == 0 else None, config.run_dir)
     # Everything that can be wrong with the settings shows here, before the run's folder is touched.
     global_batch_indices(
         0, config.train.global_batch_images, config.train.micro_batch_images, mesh.dp_rank, mesh.dp_size
@@ -107,6 +114,7 @@ def train(config: Config) -> Outcome:
         )
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         system.check_sizes(loader.sizes_px)
+        stack.enter_context(figures)
         run = stack.enter_context(Run(config, mesh))
         state = stack.enter_context(
             StateFile(run.dir, resumed.step, resumed.path, writes=run.writes, lease=run.lease)
@@ -135,6 +143,10 @@ def train(config: Config) -> Outcome:
             first_step=resumed.step,
             bad_samples=bad_samples,
             phases=Phases(mesh.device),
+            profiler=stack.enter_context(
+                ProfileWindow(config.train.profile_steps, run.dir, mesh.rank, mesh.device)
+            ),
+            figures=figures,
         )
         stop = stack.enter_context(StopSignal())
         screen = stack.enter_context(
@@ -154,6 +166,7 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
     flops, watch, batches, inputs = _flops(t), Stopwatch(), _batches(t), t.inputs
     for step in range(t.first_step + 1, settings.steps + 1):
         phase.step = step
+        _profile(t, step)
         with phase("batch"):
             batch = next(batches)
         with phase("encode"):
@@ -204,6 +217,13 @@ def _watchdog(t: Trainer) -> Watchdog:
         on_stall=t.stalls.append,
         on_hang=on_hang,
     )
+
+
+def _profile(t: Trainer, step: int) -> None:
+    """Begin or end the profiler's window, if it is due."""
+    trace = t.profiler.at(step)
+    if trace is not None:
+        t.run.event(step, "profile", str(trace))
 
 
 def _compare_ranks(t: Trainer, step: int, screen: TrainingProgress) -> None:

@@ -4,6 +4,7 @@ The figures are those of `iomm status`, read from the run's folder, so counters 
 collector reads every file `*.prom` of its folder; a file is replaced as a whole.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Self, final
 
 from iomm.evaluation.status import Follower, Status
 
+_log = logging.getLogger(__name__)
 STATES = ("running", "done", "stopped", "preempted", "failed")
 Sample = tuple[dict[str, str], float | None]  # labels, value; None: not known, left out
 
@@ -20,15 +22,16 @@ class PrometheusFile:
     """Keeps a file of figures while a run lasts. A context manager: writes once more when the run has ended.
 
     Args:
-        path: the file; None: there is none to write, and every method does nothing.
+        file: its path; None: there is none to write, and every method does nothing.
         run_dir: the run's folder; it exists before the first `write`.
     Raises:
         ValueError: the collector would not see such a file, or its folder is not there.
     """
 
-    def __init__(self, path: Path | None, run_dir: Path) -> None:
-        self._path, self._run_dir = path, run_dir
+    def __init__(self, file: str | None, run_dir: Path) -> None:
+        self._path, self._run_dir = None if file is None else Path(file), run_dir
         self._follower: Follower | None = None
+        path = self._path
         if path is not None and (path.suffix != ".prom" or not path.parent.is_dir()):
             raise ValueError(
                 f"train.prometheus_file {path} must be a file *.prom in a folder that exists: the one that "
@@ -36,17 +39,17 @@ class PrometheusFile:
             )
 
     def write(self) -> None:
-        """Write the figures as they are now.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write the figures as they are now. If the disk does not take them, training goes on and a warning
+        is logged."""
         if self._path is None:
             return
         self._follower = self._follower or Follower(self._run_dir)
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        part.write_text(exposition(self._follower.read()), encoding="utf-8")
-        os.replace(part, self._path)
+        try:
+            part.write_text(exposition(self._follower.read()), encoding="utf-8")
+            os.replace(part, self._path)
+        except OSError as error:
+            _log.warning("%s is not written, training goes on: %s", self._path, error)
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,8 @@
     checkpoints/        iomm.checkpoint.sharded
     lease.json          which launch may write here (iomm.checkpoint.lease)
     logs/               a log of each rank, and its stacks if it hung
-    wandb/              offline by default
+    wandb/, wandb_id    offline by default
+    profile/            traces of train.profile_steps
 
 Only rank 0 writes; the other ranks' objects write their own log.
 """
@@ -20,6 +21,7 @@ import logging
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,8 +29,10 @@ from typing import Any, TextIO
 import torch
 
 from iomm.checkpoint.lease import Lease
+from iomm.checkpoint.folder import private_folder
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
+from iomm.parallel.agreement import code_digest
 from iomm.parallel.mesh import Mesh
 from iomm.training.ranklog import RankLog
 
@@ -47,6 +51,7 @@ class Run:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.dir = config.run_dir
+        private_folder(self.dir)
         self.writes = mesh.rank == 0
         self._metrics: TextIO | None = None
         self._wandb: Any = None
@@ -61,17 +66,18 @@ class Run:
         if config.train.wandb != "disabled":
             import wandb
 
-            # The id is the folder's, so that a resumed run goes on in the same wandb run.
             self._wandb = wandb.init(
                 project="iomm",
                 name=config.name,
                 dir=str(self.dir),
                 mode=config.train.wandb,
                 config=config.to_dict(),
-                id=config.name,
+                id=_wandb_id(self.dir),
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            # Steps as a figure of their own: wandb's counter goes up only, and a resumed run repeats steps.
+            self._wandb.define_metric("*", step_metric="step")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """One line of metrics.jsonl; numbers go to wandb as well."""
@@ -80,7 +86,7 @@ class Run:
         self.lease.check()
         self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._wandb is not None and kind != "event":
-            self._wandb.log({f"{kind}/{key}": value for key, value in _numbers(values)}, step=step)
+            self._wandb.log({"step": step} | {f"{kind}/{key}": value for key, value in _numbers(values)})
 
     def event(self, step: int, event: str, detail: Any = None) -> None:
         """Something that happened: resume, save, nan_skip, bad_sample, stop. Ranks log what they see."""
@@ -113,6 +119,7 @@ def describe(config: Config, mesh: Mesh) -> dict[str, Any]:
         "name": config.name,
         "config": config.to_dict(),
         "git": _revision(),
+        "code": code_digest(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "iomm": importlib.metadata.version("iomm"),
@@ -124,6 +131,17 @@ def describe(config: Config, mesh: Mesh) -> dict[str, Any]:
         else f"CPU, {torch.get_num_threads()} threads a rank",
         "world_size": mesh.world_size,
     }
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The run's id at wandb, kept in its folder: a resumed run goes on in the same wandb run, and another run
+    of the same name, in another folder, gets its own."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        part = path.with_name("wandb_id.part")
+        part.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        os.replace(part, path)
+    return path.read_text(encoding="utf-8")
 
 
 def _revision() -> str | None:

@@ -325,6 +325,7 @@ def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object
         dropped_tokens=int(t.encoders.prefixes.dropped) if t.encoders is not None else 0,
         **throughput,
     )
+    t.figures.write()
 
 
 def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from iomm.plan import calibration, costs
+from iomm.plan.caches import bytes_per_image, caches
 from iomm.plan.calibration import Efficiency
 from iomm.plan.costs import Item
 from iomm.plan.hardware import GIB
@@ -186,26 +187,6 @@ def _rate(made: Estimate, fitted: Efficiency, other: Efficiency) -> float:
     return made.images_per_s * made.seconds / seconds
 
 
-def caches(work: Workload, distinct: float) -> Table:
-    """Disk that cached encoder outputs take."""
-    latent = work.image_tokens * work.config.generator.token_channels * max(4, work.element_bytes)
-    patches = work.patch_tokens * work.mllm.lm.width * work.element_bytes
-    rows = [
-        (name, f"{size / 1024:,.0f}", f"{size * distinct / 1e12:,.2f}", use)
-        for name, size, use in (
-            ("latents, fp32 (the mean of the VAE's moments)", latent, _use(work, "vae")),
-            ("latents in bf16, for comparison", latent / max(4, work.element_bytes) * 2, "-"),
-            ("ViT features", patches, _use(work, "vit")),
-        )
-    ]
-    title = f"Caches on disk, for {distinct / 1e6:,.1f} M images"
-    return Table(title, ("what", "KiB an image", "TB", "this plan"), rows)
-
-
-def _use(work: Workload, encoder: str) -> str:
-    return "used" if encoder in work.cached else "not used"
-
-
 def to_data(made: Estimate, tables: Sequence[Table]) -> dict[str, Any]:
     """Plain data: the numbers themselves, and the tables as they were shown."""
 
@@ -223,6 +204,7 @@ def to_data(made: Estimate, tables: Sequence[Table]) -> dict[str, Any]:
         "mfu": made.mfu,
         "peak_bytes": made.peak_bytes,
         "fits": made.fits,
+        "cache_bytes_per_image": bytes_per_image(made.work),
         "flops_per_image": items(lambda i: i.flops),
         "moved_bytes_per_image": items(lambda i: i.moved),
         "seconds_per_image": {item.name: seconds for item, seconds in made.items},

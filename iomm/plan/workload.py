@@ -82,12 +82,12 @@ def workload(config: Config, *, fused: bool = True, cached: frozenset[str] | Non
     """The workload of a configuration.
 
     Args:
-        cached: None: both encoders if `data.cache_dir` is set, else none.
+        cached: None: those of `data.cache` if `data.cache_dir` is set, else none.
     Raises:
         ValueError: encoders whose sizes are not known, or that do not fit.
     """
     if cached is None:
-        cached = frozenset(CACHEABLE if config.data.cache_dir is not None else ())
+        cached = frozenset(config.data.cache if config.data.cache_dir is not None else ())
     mllm, codec = mllm_shape(config.mllm), codec_shape(config.codec)
     return Workload(config=config, mllm=mllm, codec=codec, fused=fused, cached=cached)
 

@@ -28,8 +28,8 @@ from typing import Any, TextIO
 
 import torch
 
-from iomm.checkpoint.lease import Lease
 from iomm.checkpoint.folder import private_folder
+from iomm.checkpoint.lease import Lease
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
 from iomm.parallel.agreement import code_digest

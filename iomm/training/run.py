@@ -6,7 +6,7 @@
     samples/            grids of generated pictures
     checkpoints/        iomm.checkpoint.sharded
     lease.json          which launch may write here (iomm.checkpoint.lease)
-    logs/               a log of each rank, and its stacks if it hung
+    logs/               a log of each rank, with its stacks if it hung
     wandb/, wandb_id    offline by default
     profile/            traces of train.profile_steps
 

@@ -26,6 +26,7 @@ from iomm.training.phases import Phases
 from iomm.training.profiler import ProfileWindow
 from iomm.training.progress import TrainingProgress
 from iomm.training.prometheus import PrometheusFile
+from iomm.training.ranklog import log_path
 from iomm.training.recovery import newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
@@ -34,7 +35,7 @@ from iomm.training.stop import StopSignal
 from iomm.training.stragglers import compare
 from iomm.training.throughput import FlopCount, Stopwatch
 from iomm.training.watch import Watch
-from iomm.training.watchdog import Watchdog, stacks_path
+from iomm.training.watchdog import Watchdog
 
 
 class TrainingAborted(RuntimeError):
@@ -209,7 +210,7 @@ def _watchdog(t: Trainer) -> Watchdog:
 
     return Watchdog(
         t.phases,
-        stacks_path(t.run.dir, rank),
+        log_path(t.run.dir, rank),
         rank,
         timeout_s=train.hang_timeout_s,
         stall_s=train.stall_notice_s,

@@ -31,18 +31,13 @@ HUNG_EXIT = 86
 _log = logging.getLogger(__name__)
 
 
-def stacks_path(run_dir: Path, rank: int) -> Path:
-    """Where a rank writes its stacks."""
-    return run_dir / "logs" / f"rank_{rank:05d}_stacks.txt"
-
-
 @final
 class Watchdog:
     """While entered, watches over the progress of one rank from a thread of its own.
 
     Args:
         phases: what the rank is doing; the begin and the end of a phase are progress.
-        stacks: the file that stacks are appended to; removed at the end if there were none.
+        log: the file that stacks are appended to.
         rank: for the messages.
         timeout_s: without progress for so long the rank is hung; 0: it never is.
         stall_s: waiting for samples for so long is said, once a step; 0: it never is.
@@ -55,7 +50,7 @@ class Watchdog:
     def __init__(
         self,
         phases: Phases,
-        stacks: Path,
+        log: Path,
         rank: int,
         *,
         timeout_s: float,
@@ -65,7 +60,7 @@ class Watchdog:
         on_hang: Callable[[str], None],
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        self._phases, self._path, self._rank = phases, stacks, rank
+        self._phases, self._path, self._rank = phases, log, rank
         self._timeout_s, self._stall_s = timeout_s, stall_s
         self._reading, self._on_stall, self._on_hang, self._end = reading, on_stall, on_hang, end
         limits = [limit for limit in (timeout_s, stall_s) if limit > 0]
@@ -77,7 +72,6 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._thread is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
             self._thread.start()
         return self
@@ -89,8 +83,6 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
 
     def _watch(self) -> None:
         assert self._file is not None

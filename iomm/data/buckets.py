@@ -99,17 +99,18 @@ class Members:
         borders = np.sqrt(ratios[1:] * ratios[:-1])
         squarest = int(np.argmin(np.maximum(ratios, 1 / ratios)))
         parts: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)]
+        counts_K = np.zeros(len(table), np.int64)
         for size_M2 in sizes:
             known_M = size_M2[:, 1] > 0
             ratio_M = size_M2[:, 0] / np.where(known_M, size_M2[:, 1], 1)
-            ids_M = np.searchsorted(borders, ratio_M).astype(np.uint8)
-            parts.append(np.where(known_M, ids_M, np.uint8(squarest)))
-        ids_N = np.concatenate(parts)
-        counts_K = np.bincount(ids_N, minlength=len(table))
+            ids_M = np.where(known_M, np.searchsorted(borders, ratio_M), squarest).astype(np.uint8)
+            counts_K += np.bincount(ids_M, minlength=len(table))
+            parts.append(ids_M)
         kept = [b for b in range(len(table)) if counts_K[b] >= least_images] or [int(np.argmax(counts_K))]
         times = np.maximum(ratios[:, None] / ratios[kept], ratios[kept] / ratios[:, None])
         moved_K = np.array(kept, np.uint8)[np.argmin(times, axis=1)]
-        return cls(moved_K[ids_N], len(table))
+        # Part by part: an index array of all images would take eight bytes each.
+        return cls(np.concatenate([moved_K[ids_M] for ids_M in parts]), len(table))
 
     @property
     def counts_K(self) -> NDArray[np.int64]:

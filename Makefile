@@ -2,7 +2,7 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup kernels kernels-gate demo test test-parallel lint smoke bench clean
+.PHONY: help setup kernels kernels-gate demo test test-parallel chaos lint smoke bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ test: setup  ## the test suite
 
 test-parallel: setup  ## every layout on 1, 2 and 4 processes against one, checkpoints between all of them
 	@$(PY) -m pytest -q -m parallel $(ARGS)
+
+chaos: setup  ## 100 kills of random ranks at random moments: the run must not differ from an undisturbed one
+	@PYTHONPATH=.:kernels $(PY) -m tests.chaos.chaos $(ARGS)
 
 lint: setup  ## ruff, basedpyright, import-linter
 	@$(PY) -m ruff check .

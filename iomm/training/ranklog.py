@@ -1,7 +1,7 @@
 """RUN/logs/rank_00003.log: what one rank has to say, in the order of time.
 
-Everything that `iomm` logs, and every event of the run as this rank saw it: metrics.jsonl has those of rank
-0 only.
+The run's events as this rank saw them (metrics.jsonl has those of rank 0 only), what `iomm` warns of, and the
+stacks of a rank that hung.
 """
 
 import logging
@@ -28,29 +28,29 @@ class RankLog:
     host."""
 
     def __init__(self, run_dir: Path, mesh: Mesh) -> None:
-        self._logger = logging.getLogger("iomm")
         path = log_path(run_dir, mesh.rank)
         private_folder(run_dir)
         path.parent.mkdir(exist_ok=True)
         self._handler = logging.FileHandler(path, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(_FORMAT))
-        self._level = self._logger.level
         self._hello = (
             f"rank {mesh.rank} of {mesh.world_size} starts: process {os.getpid()} on {socket.gethostname()}, "
             f"{mesh.device}, Python {platform.python_version()}"
         )
 
+    def note(self, message: str, level: int = logging.INFO) -> None:
+        """A line for this file only, whatever the logging of the process is set to."""
+        self._handler.handle(logging.LogRecord("iomm", level, "", 0, message, None, None))
+
     def __enter__(self) -> Self:
-        self._logger.addHandler(self._handler)
-        self._logger.setLevel(logging.INFO)
-        self._logger.info(self._hello)
+        logging.getLogger("iomm").addHandler(self._handler)
+        self.note(self._hello)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            self._logger.info("ends")
+            self.note("ends")
         else:
-            self._logger.error("ends by %s: %s", kind.__name__, error)
-        self._logger.setLevel(self._level)
-        self._logger.removeHandler(self._handler)
+            self.note(f"ends by {kind.__name__}: {error}", logging.ERROR)
+        logging.getLogger("iomm").removeHandler(self._handler)
         self._handler.close()

@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -36,7 +35,6 @@ from iomm.parallel.agreement import code_digest
 from iomm.parallel.mesh import Mesh
 from iomm.training.ranklog import RankLog
 
-_log = logging.getLogger(__name__)
 _VERSIONED = ("torch", "megatron-core", "transformers", "diffusers")
 
 
@@ -90,7 +88,7 @@ class Run:
 
     def event(self, step: int, event: str, detail: Any = None) -> None:
         """Something that happened: resume, save, nan_skip, bad_sample, stop. Ranks log what they see."""
-        _log.info("step %d: %s %s", step, event, detail)
+        self._rank_log.note(f"step {step}: {event} {detail}")
         self.log("event", step, event=event, detail=detail)
 
     def bad_sample(self, report: BadSampleReport) -> None:

@@ -123,9 +123,9 @@ def _index(arguments: argparse.Namespace, limits: "Limits") -> int:
                 failed += 1
                 continue
             what = "indexed" if made.renewed else "the index fits"
-            _say(f"{shard}: {what}, {made.images} images, {len(made.bad)} of them unusable\n")
+            say(f"{shard}: {what}, {made.images} images, {len(made.bad)} of them unusable\n")
             for sample in made.bad[:_SHOWN]:
-                _say(f"  sample {sample.key!r}: {sample.reason}\n")
+                say(f"  sample {sample.key!r}: {sample.reason}\n")
             if len(made.bad) > _SHOWN:
                 sys.stdout.write(f"  and {len(made.bad) - _SHOWN} more\n")
     if failed:
@@ -147,17 +147,17 @@ def _check(arguments: argparse.Namespace, limits: "Limits") -> int:
         try:
             index = Index.open(path if path.endswith(INDEX_SUFFIX) else path + INDEX_SUFFIX)
         except (ValueError, OSError) as error:
-            _say(f"{path}: {error}\n")
+            say(f"{path}: {error}\n")
             wrong += 1
             continue
         for k, shard in enumerate(index.paths):
             problems = check_shard(index, k, processes=arguments.processes, limits=limits)
-            _say("".join(f"{shard}: {problem}\n" for problem in problems) or f"{shard}: ok\n")
+            say("".join(f"{shard}: {problem}\n" for problem in problems) or f"{shard}: ok\n")
             wrong += bool(problems)
     return 1 if wrong else 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print what may name files, whose names need not be text."""
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
 

@@ -9,9 +9,8 @@ well. Whatever else training meets (the smaller sizes of `data.progression`, hel
 """
 
 import dataclasses
-import itertools
 import os
-import sys
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from iomm.data.batch import Batch, Sample
 from iomm.data.errors import BadSampleReport
 from iomm.data.loader import Loader
 from iomm.data.mixture import Kind
-from iomm.data.shard_command import bar
+from iomm.data.shard_command import bar, say
 from iomm.encoders import Encoders
 from iomm.parallel.mesh import Mesh, start
 
@@ -33,29 +32,36 @@ _SHOWN = 20  # unusable samples
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """What was found and done, of all ranks."""
+    """What one rank found and did."""
 
-    samples: int  # of the sources
-    encoded: int  # views of images; the others were there
+    rank: int
+    ranks: int
+    samples: int  # of the sources, dealt to this rank
+    encoded: int  # images, mirrored ones counted apart; the others were there
     bad: tuple[BadSampleReport, ...]
 
 
 def run(config: Config) -> int:
-    """`iomm shard encode`: encode, and print what came of it on rank 0. Raises as `encode_shards`."""
-    first, started = os.environ.get("RANK", "0") == "0", time.perf_counter()
-    with bar("encoding", 1.0, shown=first) as update:
-        tally = encode_shards(
-            config, on_progress=lambda done, of: update(done / of, f"{done} of this rank's {of} samples")
-        )
-    if first:
-        minutes = (time.perf_counter() - started) / 60
-        sys.stdout.write(
-            f"{tally.encoded} images encoded in {minutes:.1f} min, of {tally.samples} samples; the others "
-            f"were there, or cannot be used ({len(tally.bad)})\n"
-        )
-        sys.stdout.write("".join(f"  {report}\n" for report in tally.bad[:_SHOWN]))
-        if len(tally.bad) > _SHOWN:
-            sys.stdout.write(f"  and {len(tally.bad) - _SHOWN} more\n")
+    """`iomm shard encode`: encode, and print what came of it. Raises as `encode_shards`."""
+    started, show = time.perf_counter(), os.environ.get("RANK", "0") == "0"
+    # Asked to stop, as if interrupted: what is encoded is written.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with bar("encoding", 1.0, shown=show) as update:
+            tally = encode_shards(
+                config, on_progress=lambda done, of: update(done / of, f"{done} of this rank's {of} samples")
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    minutes = (time.perf_counter() - started) / 60
+    who = f"rank {tally.rank} of {tally.ranks}: " if tally.ranks > 1 else ""
+    lines = [
+        f"{who}{tally.encoded} images encoded in {minutes:.1f} min, of {tally.samples} samples; the others "
+        f"were there, or cannot be used ({len(tally.bad)})",
+        *(f"  {report}" for report in tally.bad[:_SHOWN]),
+        *([f"  and {len(tally.bad) - _SHOWN} more"] if len(tally.bad) > _SHOWN else []),
+    ]
+    say("".join(f"{line}\n" for line in lines))
     return 0
 
 
@@ -65,9 +71,10 @@ def encode_shards(
     stretch: int = STRETCH,
     on_progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Tally:
-    """Encode all samples that training on `config` draws from; all ranks call.
+    """Encode all samples that training on `config` draws from; each rank its part, waiting for no other.
 
     Args:
+        stretch: neighbouring samples that a rank takes together.
         on_progress: told of this rank's samples that are done, of how many.
 
     Raises:
@@ -94,22 +101,17 @@ def encode_shards(
     }
     total = sum(len(numbers) for stretches in mine.values() for numbers in stretches)
     done = encoded = 0
-    try:
-        for kind, stretches in mine.items():
+    for kind, stretches in mine.items():
+        try:
             for numbers in stretches:
                 for batch in _batches(loader, encoders, config, kind, numbers):
                     encoded += encoders.keep(batch)
                 done += len(numbers)
                 on_progress(done, total)
-    finally:  # also what was encoded before an error or an interrupt
-        for cache in encoders.caches.values():
-            cache.flush()
-    everybody = mesh.gather_objects((encoded, bad))
-    reports = itertools.chain.from_iterable(reports for _, reports in everybody)
+        finally:  # also what was encoded before an error or an interrupt
+            encoders.flush_caches()  # pairs often are images too, which other ranks encoded
     return Tally(
-        samples=sum(loader.size(kind) for kind in kinds),
-        encoded=sum(count for count, _ in everybody),
-        bad=tuple(dict.fromkeys(reports)),
+        rank=mesh.rank, ranks=mesh.world_size, samples=total, encoded=encoded, bad=tuple(dict.fromkeys(bad))
     )
 
 

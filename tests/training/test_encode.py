@@ -112,7 +112,6 @@ def test_several_ranks_share_the_work_and_one_rank_goes_on(
     world: Path, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ):
     config = cached(world, tmp_path)
-    monkeypatch.setattr(Mesh, "gather_objects", lambda _, value: [value])
     for rank, count in ((0, 24), (1, 16)):
         one_of_two = dataclasses.replace(mesh, rank=rank, world_size=2)
         with monkeypatch.context() as patch:

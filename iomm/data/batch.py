@@ -42,14 +42,17 @@ class Batch:
         return height, width
 
     @staticmethod
-    def stack(samples: Sequence[Sample]) -> "Batch":
-        """A batch of at least one sample, all of one size."""
+    def stack(samples: Sequence[Sample], image_BCHW: Tensor | None = None) -> "Batch":
+        """A batch of at least one sample, all of one size. `image_BCHW`: their images, if they already lie
+        in one tensor."""
+        if image_BCHW is None:
+            image_BCHW = torch.stack([s.image_CHW for s in samples])
         return Batch(
             index_B=torch.tensor([s.index for s in samples], dtype=torch.int64),
             keys=tuple(s.key for s in samples),
             hashes=tuple(s.content_hash for s in samples),
             views=tuple(s.view for s in samples),
-            image_BCHW=torch.stack([s.image_CHW for s in samples]),
+            image_BCHW=image_BCHW,
             captions=tuple(s.caption for s in samples),
         )
 

@@ -79,7 +79,9 @@ class PillowDecoder:
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
 
-    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
+    def decode(
+        self, files: Sequence[bytes], views: Sequence[View], into: Sequence[Tensor] | None = None
+    ) -> list[Tensor | BadSample]:
         """As `Decoder.decode`."""
         return [self._decode(data, view) for data, view in zip(files, views, strict=True)]
 

@@ -55,16 +55,19 @@ class CpuDecoder:
         self._max_pixels = max_pixels
         self._decode_jpeg = _decode_rows if problem is None and way != "whole" else _decode_whole
 
-    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
+    def decode(
+        self, files: Sequence[bytes], views: Sequence[View], into: Sequence[Tensor] | None = None
+    ) -> list[Tensor | BadSample]:
         """As `Decoder.decode`."""
-        return [self._decode(data, view) for data, view in zip(files, views, strict=True)]
+        places = into or [None] * len(files)
+        return [self._decode(*job) for job in zip(files, views, places, strict=True)]
 
-    def _decode(self, data: bytes, view: View) -> Tensor | BadSample:
+    def _decode(self, data: bytes, view: View, into: Tensor | None) -> Tensor | BadSample:
         try:
             header = probe(data, max_pixels=self._max_pixels)
             if not is_plain_jpeg(header):
                 return decode_view(data, view, max_pixels=self._max_pixels)
-            return self._decode_jpeg(data, header, view)
+            return self._decode_jpeg(data, header, view, into)
         except BadSample as error:
             return error
 
@@ -93,8 +96,8 @@ def crop_and_size(header: Header, view: View) -> tuple[int, Box, tuple[int, int]
     return factor, box, (height, width)
 
 
-def _decode_rows(data: bytes, header: Header, view: View) -> Tensor:
-    """A view of a plain JPEG, row by row.
+def _decode_rows(data: bytes, header: Header, view: View, into: Tensor | None) -> Tensor:
+    """A view of a plain JPEG, row by row; `into` itself where that has its shape and nothing is turned.
 
     Raises:
         BadSample: damaged, truncated, or libjpeg-turbo warned about it.
@@ -117,13 +120,14 @@ def _decode_rows(data: bytes, header: Header, view: View) -> Tensor:
         mirrored=mirrored,
         upside_down=upside_down,
     )
-    image_CHW = jpeg.view(data, cut)
-    if isinstance(image_CHW, str):
-        raise BadSample(f"cannot be decoded: {image_CHW}")
-    return torch.from_numpy(np.ascontiguousarray(image_CHW.swapaxes(1, 2)) if header.sideways else image_CHW)
+    there = into is not None and not header.sideways and into.shape == (3, height, width)
+    image_CHW = into if into is not None and there else torch.empty((3, height, width), dtype=torch.uint8)
+    if reason := jpeg.view(data, cut, image_CHW.numpy()):
+        raise BadSample(f"cannot be decoded: {reason}")
+    return image_CHW.transpose(1, 2).contiguous() if header.sideways else image_CHW
 
 
-def _decode_whole(data: bytes, header: Header, view: View) -> Tensor:
+def _decode_whole(data: bytes, header: Header, view: View, _into: Tensor | None) -> Tensor:
     """A view of a plain JPEG, decoded whole.
 
     Raises:

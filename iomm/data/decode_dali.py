@@ -52,7 +52,9 @@ class DaliDecoder:
         self._pipeline: _Pipeline | None = None
         self.rescued = 0
 
-    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
+    def decode(
+        self, files: Sequence[bytes], views: Sequence[View], into: Sequence[Tensor] | None = None
+    ) -> list[Tensor | BadSample]:
         """As `Decoder.decode`; the tensors are on the decoder's device."""
         results: dict[int, Tensor | BadSample] = {}
         plain: dict[int, Header] = {}

@@ -25,9 +25,14 @@ class Decoder(Protocol):
         """Whether it is better called once with a batch than by several threads with a file each."""
         ...
 
-    def decode(self, files: Sequence[bytes], views: Sequence[View]) -> list[Tensor | BadSample]:
+    def decode(
+        self, files: Sequence[bytes], views: Sequence[View], into: Sequence[Tensor] | None = None
+    ) -> list[Tensor | BadSample]:
         """Each file's view, turned upright, on white, resized with antialiasing: uint8 (3, H, W); or why
         there is none. Nothing that is wrong with a file is raised.
+
+        A result may be the tensor of `into` (uint8, contiguous, on the CPU) in its place, filled; a file that
+        cannot be used may leave anything there.
         """
         ...
 

@@ -44,26 +44,29 @@ def problem() -> str | None:
     return _load()[1]
 
 
-def view(data: bytes, cut: Cut) -> np.ndarray | str:
+def view(data: bytes, cut: Cut, image_CHW: np.ndarray) -> str | None:
     """A part of a gray or three-component JPEG, resized as Pillow's bicubic does it.
 
     Args:
         data: the file.
         cut: the part, which lies inside the image, and the wanted size.
+        image_CHW: filled; uint8 (3, H, W), contiguous.
 
     Returns:
-        uint8 (3, H, W), contiguous; or why libjpeg-turbo does not decode the file, its warnings included.
+        Why libjpeg-turbo does not decode the file, its warnings included; None if it does.
     """
     decode, missing = _load()
     assert decode is not None, missing
     assert cut.reduce in (1, 2, 4, 8), cut
     assert min(cut.left, cut.top) >= 0, cut
     assert min(cut.columns, cut.rows, cut.out_width, cut.out_height) >= 1, cut
-    image_CHW = np.empty((3, cut.out_height, cut.out_width), np.uint8)
+    assert image_CHW.dtype == np.uint8
+    assert image_CHW.shape == (3, cut.out_height, cut.out_width), (image_CHW.shape, cut)
+    assert image_CHW.flags.c_contiguous
     reason = ctypes.create_string_buffer(_REASON_BYTES)
     if decode(data, len(data), _Cut(*astuple(cut)), image_CHW.ctypes.data, reason):
         return reason.value.decode("utf-8", "replace")
-    return image_CHW
+    return None
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class Together:
         self.calls: list[int] = []
         self._bad_bytes = bad_bytes
 
-    def decode(self, files, views):
+    def decode(self, files, views, into=None):
         self.calls.append(len(files))
         decoded = CpuDecoder().decode(files, views)
         bad = [len(data) == self._bad_bytes for data in files]

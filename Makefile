@@ -2,7 +2,7 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup kernels kernels-gate demo test test-parallel chaos lint smoke bench clean
+.PHONY: help setup kernels kernels-gate demo test test-parallel chaos lint smoke recipes bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,9 @@ lint: setup  ## ruff, basedpyright, import-linter
 smoke: setup  ## five training steps of stage 1
 	@rm -rf runs/smoke
 	@$(PY) -m iomm.cli train examples/configs/tiny_stage1.py --set name=smoke --set train.steps=5 --set optimizer.warmup_steps=2 $(ARGS)
+
+recipes: setup  ## what is missing of the six recipes in miniature, two seeds; stop and go on at any time (hours)
+	@PYTHONPATH=. $(PY) tools/recipes.py $(ARGS)
 
 bench: setup  ## frozen-prefix split against the naive full pass: time and peak memory
 	@$(PY) -m iomm.cli bench prefix $(ARGS)

@@ -3,8 +3,10 @@
 The paper prints parameter counts, not widths; the shapes below give its counts (method.md section 3).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from iomm.config import (
     CodecConfig,
@@ -75,6 +77,43 @@ def tiny(
             log_every_steps=10,
         ),
     )
+
+
+Stream = Literal["image", "pair", "mix"]
+# Share of image-only samples; the paper mixes half and half.
+MIX_RATIO: dict[Stream, float] = {"image": 1.0, "pair": 0.0, "mix": 0.5}
+RECIPE_STEPS = (4000, 3000)  # of the two stages
+
+
+def recipe(first: Literal["image", "pair"], second: Stream | None, root: Path, *, seed: int = 0) -> Config:
+    """A stage of one of the paper's six recipes in miniature, on the shapes world: pre-training on images or
+    on pairs, then fine-tuning on images, on pairs or on both (GenEval of the six
+    combinations in the paper).
+
+    All first stages cost the same, and all second stages.
+
+    Args:
+        first: what the first stage is trained on.
+        second: what the second stage is; None: this is the first stage.
+        root: the repository. Shards, runs and features are under its runs/recipes.
+    """
+    folder = root / "runs" / "recipes"
+    name = first if second is None else f"{first}_{second}"
+    config = tiny(
+        f"{name}-seed{seed}",
+        root / "examples",
+        steps=RECIPE_STEPS[second is not None],
+        lr=1e-3 if second is None else 5e-4,
+        mix_ratio=MIX_RATIO[second or first],
+        seed=2 * seed + (second is not None),  # the second stage draws anew
+    )
+    shards = {part: (str(folder / "shapes" / f"{part}-*.tar"),) for part in ("images", "pairs", "heldout")}
+    data = dataclasses.replace(config.data, **shards, cache_dir=str(folder / "cache"))
+    start = None if second is None else str(folder / "runs" / f"{first}-seed{seed}")
+    train = dataclasses.replace(
+        config.train, init_from=start, save_every_steps=500, eval_every_steps=500, sample_every_steps=1000
+    )
+    return dataclasses.replace(config, data=data, train=train, out_dir=str(folder / "runs"))
 
 
 def _flux(

@@ -1,0 +1,164 @@
+"""Table and figure of the recipes: what `tools/recipes.py` has scored, beside the paper's GenEval numbers."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from iomm.evaluation.bootstrap import Interval, interval_of_means
+from iomm.evaluation.shapes.prompts import CATEGORIES, SPLITS
+from tools.recipes import Bench, Run
+
+# GenEval of IOMM-B by recipe, and of the ablation (XL): the paper's.
+PAPER = {
+    "image+image": 0.61,
+    "image+pair": 0.87,
+    "image+mix": 0.89,
+    "pair+image": 0.78,
+    "pair+pair": 0.86,
+    "pair+mix": 0.88,
+    "image+mix raw": 0.44,
+    "image+mix rqa": 0.82,
+}
+SPLIT_TITLES = {"seen": "overall", "heldout_kind": "held-out kinds", "heldout_relation": "held-out relations"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One recipe: the mean over its seeds, with intervals over prompts."""
+
+    name: str
+    seeds: int
+    steps: tuple[int, int]
+    splits: dict[str, Interval]
+    categories: dict[str, float]
+    by_seed: list[float]  # overall score of each seed
+
+
+def rows(bench: Bench, runs: Sequence[Run]) -> list[Row]:
+    """A row for every recipe of which each seed has a score; the others are left out."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        name = f"{run.first}+{run.second}" + (f" {run.label}" if run.label else "")
+        groups.setdefault(name, []).append(run)
+    found = []
+    for name, group in groups.items():
+        if all(bench.score(run) is not None for run in group):
+            found.append(_row(bench, name, group))
+    return found
+
+
+def _row(bench: Bench, name: str, group: Sequence[Run]) -> Row:
+    correct = [_correct(bench.score_file(run).parent / "verdicts.jsonl") for run in group]
+    # A prompt is one number: the mean over its pictures of all seeds.
+    prompts = {key: float(np.mean([c for one in correct for c in one[key]])) for key in correct[0]}
+    splits, categories = {}, {}
+    for split, of in SPLITS.items():
+        means = [np.array([v for (s, c, _), v in prompts.items() if (s, c) == (split, cat)]) for cat in of]
+        splits[split] = interval_of_means(means)
+        if split == "seen":
+            categories = {cat: float(mean.mean()) for cat, mean in zip(of, means, strict=True)}
+    by_seed = [
+        float(np.mean([np.mean([np.mean(v) for (s, c, _), v in one.items() if (s, c) == ("seen", cat)])
+                       for cat in CATEGORIES]))
+        for one in correct
+    ]  # fmt: skip
+    second = group[0]
+    origin = second.origin
+    assert origin is not None
+    steps = bench.config(origin).train.steps, bench.config(second).train.steps
+    return Row(
+        name=name, seeds=len(group), steps=steps, splits=splits, categories=categories, by_seed=by_seed
+    )
+
+
+def _correct(file: Path) -> dict[tuple[str, str, int], list[bool]]:
+    """(split, category, prompt number) -> whether each of its pictures is correct."""
+    out: dict[tuple[str, str, int], list[bool]] = {}
+    for line in file.read_text().splitlines():
+        record: dict[str, Any] = json.loads(line)
+        key = record["split"], record["tag"], record["number"]
+        out.setdefault(key, []).append(record["correct"])
+    return out
+
+
+def write_results(bench: Bench, name: str, runs: Sequence[Run]) -> Path:
+    """NAME.md, NAME.json and NAME.svg under examples/recipes.
+
+    Raises:
+        ValueError: nothing is scored yet.
+    """
+    found = rows(bench, runs)
+    if not found:
+        raise ValueError(f"no run of {name!r} is scored with all its seeds yet. Run tools/recipes.py first.")
+    out = bench.root / "examples" / "recipes"
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "-C", str(bench.root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    record = {"commit": commit, "rows": [asdict(row) for row in found]}
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    _figure(found).savefig(out / f"{name}.svg", metadata={"Date": None})
+    table = out / f"{name}.md"
+    missing = len({(r.first, r.second, r.label) for r in runs}) - len(found)
+    table.write_text(_table(found, name, commit, missing))
+    return table
+
+
+def _table(found: Sequence[Row], name: str, commit: str, missing: int) -> str:
+    titles = [
+        "recipe",
+        *(SPLIT_TITLES[s] for s in SPLITS),
+        *(c.replace("_", " ") for c in CATEGORIES),
+        "paper",
+    ]
+    lines = [
+        f"# {name}",
+        "",
+        f"`python tools/recipes.py --set {name}`, code {commit}, {found[0].seeds} seeds, "
+        f"{found[0].steps[0]} + {found[0].steps[1]} steps of 32 images. Share of correct pictures on the "
+        "shapes world, in GenEval's categories; intervals (95 %) are over prompts. paper: its GenEval, of a "
+        "model 300 times as large: the order may be compared, the numbers may not.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+    ]
+    for row in found:
+        cells = [row.name]
+        for split in SPLITS:
+            i = row.splits[split]
+            cells.append(f"{i.mean:.2f} ({i.low:.2f} - {i.high:.2f})")
+        cells += [f"{row.categories[c]:.2f}" for c in CATEGORIES]
+        cells.append(f"{PAPER[row.name]:.2f}" if row.name in PAPER else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    if missing:
+        lines += ["", f"{missing} more are not trained yet."]
+    return "\n".join([*lines, "", f"![scores]({name}.svg)", ""])
+
+
+def _figure(found: Sequence[Row]) -> Figure:
+    """Scores with their intervals, a dot for every seed, the paper's numbers beside them."""
+    figure = Figure(figsize=(6.4, 0.8 + 0.42 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(found))[::-1]
+    for row, y in zip(found, places, strict=True):
+        overall = row.splits["seen"]
+        axes.plot([overall.low, overall.high], [y, y], color="#0072B2", linewidth=2)
+        axes.plot(overall.mean, y, "o", color="#0072B2", label="shapes world, 95 %" if y == 0 else None)
+        axes.plot(
+            row.by_seed, [y - 0.2] * row.seeds, ".", color="#56B4E9", label="each seed" if y == 0 else None
+        )
+        if row.name in PAPER:
+            axes.plot(PAPER[row.name], y, "D", color="#D55E00", label="paper, GenEval" if y == 0 else None)
+    axes.set_yticks(places, [row.name for row in found])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of correct pictures")
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -73,6 +73,8 @@ def require_agreement(config: Config) -> None:
             logging.getLogger(__name__).warning("the ranks differ in their %s", note)
         return "\n".join(f"  {line}" for line in disagreements(ranks))
 
+    if "RANK" not in os.environ:
+        return
     found = mesh.agree(json.dumps(facts(config)), judge)
     if found:
         raise ValueError(

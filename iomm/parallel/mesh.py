@@ -183,7 +183,14 @@ def agree(mine: str, judge: Callable[[list[str]], str], wait_s: float = 600.0) -
     if "RANK" not in os.environ:
         return judge([mine])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, patience = _meeting_place(), datetime.timedelta(seconds=wait_s)
+    return ask_rank_0(_meeting_place(), rank, world_size, mine, judge, wait_s)
+
+
+def ask_rank_0(
+    store: Store, rank: int, world_size: int, mine: str, judge: Callable[[list[str]], str], wait_s: float
+) -> str:
+    """`agree` over a store in which nothing is written yet."""
+    patience = datetime.timedelta(seconds=wait_s)
     store.set(f"text_{rank}", mine)
     if rank == 0:
         _wait_for(store, [f"text_{r}" for r in range(world_size)], patience)

@@ -5,12 +5,16 @@ are ranges in them. Nsight sees the same names as NVTX ranges, with or without t
 GPU.
 """
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -63,5 +67,12 @@ class ProfileWindow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._steps is not None and kind is None:  # a device that failed gives no trace
+        if self._steps is None or self._profiler is None:
+            return
+        if kind is None:
             self._write(self._steps[1])
+            return
+        try:
+            self._profiler.stop()  # left running, it would crash the process at its end
+        except RuntimeError as broken:  # so is the device; what went wrong first is on its way
+            _log.warning("the profiler does not stop: %s", broken)

@@ -32,11 +32,11 @@ MAX_SPECKS_PX2 = 40.0  # of all specks together
 MIN_UNIFORM = 0.8  # share of a component's inside that has its colour
 UNIFORM_DISTANCE = 22.0
 MIN_OVERLAP = 0.8
-MIN_LEAD = 0.04  # the best shape's overlap is ahead of the second's by this
-MAX_EDGE_PX = 3.5  # width of the transition to the background
+MIN_LEAD = 0.03  # the best shape's overlap is ahead of the second's by this
+MAX_BLUR_PX = 1.6  # sigma of its edge
 
-# A step blurred by a Gaussian of sigma has a transition, 4 alpha (1 - alpha) summed, of 4 sigma / sqrt(pi).
-_SIGMA_OF_EDGE = math.sqrt(math.pi) / 4
+_MIN_BLUR_PX = 0.1  # of a drawn shape's own antialiasing, less is none
+_MAX_CORRECTION = 3.0
 _AREAS = {shape: polygon_area(points_P2) for shape, points_P2 in OUTLINES.items()}
 _LENGTHS = {
     shape: float(np.hypot(*(points_P2 - np.roll(points_P2, 1, axis=0)).T).sum())
@@ -162,8 +162,8 @@ def _component(
     if fit.overlap < MIN_OVERLAP or fit.lead < MIN_LEAD:
         reasons.append(f"no shape: like a {shape} by {fit.overlap:.2f}, {fit.lead:.2f} ahead of the next")
         shape = None
-    elif fit.edge_px > MAX_EDGE_PX * scale:
-        reasons.append(f"blurred: a {shape} whose edge is {fit.edge_px:.1f} px wide")
+    elif fit.blur_px > MAX_BLUR_PX * scale:
+        reasons.append(f"blurred: a {shape} blurred by {fit.blur_px:.1f} px")
         shape = None
     return Found(
         shape=shape,
@@ -188,28 +188,47 @@ class _Fit:
     x_px: float
     y_px: float
     radius_px: float
-    edge_px: float  # width of the transition to the background
+    blur_px: float  # sigma of the Gaussian that makes the shape's edge as soft
     overlap: float  # covered by both over covered by either
     lead: float  # over the second best
 
 
 def _fit(alpha_hw: np.ndarray, box: Box) -> _Fit:
-    """The shape that a coverage is most like: drawn with the same centroid, area and softness of edge, it
-    overlaps most."""
+    """The shape that a coverage is most like: drawn with the same centroid, area and softness, it overlaps
+    most."""
     left, top, right, bottom = box
     area = float(alpha_hw.sum())
     x_px = float(alpha_hw.sum(axis=0) @ (np.arange(left, right) + 0.5)) / area
     y_px = float(alpha_hw.sum(axis=1) @ (np.arange(top, bottom) + 0.5)) / area
+    softness = _softness(alpha_hw)
     fits = []
     for shape in SHAPES:
         radius_px = math.sqrt(area / _AREAS[shape])
-        drawn_hw = coverage(shape, x_px, y_px, radius_px, box)
-        length_px = _LENGTHS[shape] * radius_px
-        edge_px, sharp_px = (4 * float((a * (1 - a)).sum()) / length_px for a in (alpha_hw, drawn_hw))
-        if edge_px > sharp_px:
-            drawn_hw = ndimage.gaussian_filter(drawn_hw, (edge_px - sharp_px) * _SIGMA_OF_EDGE)
+        sharp_hw = coverage(shape, x_px, y_px, radius_px, box)
+        drawn_hw, blur_px = _soften(sharp_hw, softness, _LENGTHS[shape] * radius_px)
         shared = float(np.minimum(alpha_hw, drawn_hw).sum())
         overlap = shared / (area + float(drawn_hw.sum()) - shared)
-        fits.append((overlap, shape, radius_px, edge_px))
-    (second, *_), (overlap, shape, radius_px, edge_px) = sorted(fits)[-2:]
-    return _Fit(shape, x_px, y_px, radius_px, edge_px, overlap, overlap - second)
+        fits.append((overlap, shape, radius_px, blur_px))
+    (second, *_), (overlap, shape, radius_px, blur_px) = sorted(fits)[-2:]
+    return _Fit(shape, x_px, y_px, radius_px, blur_px, overlap, overlap - second)
+
+
+def _softness(alpha_hw: np.ndarray) -> float:
+    """Zero of pixels that are all or nothing; grows with the length and the width of soft edges, px^2."""
+    return 4 * float((alpha_hw * (1 - alpha_hw)).sum())
+
+
+def _soften(sharp_hw: np.ndarray, softness: float, length_px: float) -> tuple[np.ndarray, float]:
+    """Blur a shape to a given softness: (blurred, sigma of the Gaussian in px).
+
+    A straight edge of that length gains 4 length sigma / sqrt(pi); corners and thin parts gain less, so the
+    first blur says how to correct it.
+    """
+    already = _softness(sharp_hw)
+    missing = softness - already
+    blur_px = missing / length_px * math.sqrt(math.pi) / 4
+    if blur_px < _MIN_BLUR_PX:
+        return sharp_hw, max(blur_px, 0.0)
+    gained = _softness(ndimage.gaussian_filter(sharp_hw, blur_px)) - already
+    blur_px *= min(missing / max(gained, 1e-9), _MAX_CORRECTION)
+    return ndimage.gaussian_filter(sharp_hw, blur_px), blur_px

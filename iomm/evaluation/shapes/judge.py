@@ -131,7 +131,7 @@ def score(images_NHW3: np.ndarray, prompts: Sequence[Prompt], *, seed: int = 0) 
     numbers: dict[Split, dict[Category, list[int]]] = {split: {} for split in SPLITS}
     for n, prompt in enumerate(prompts):
         numbers[prompt.split].setdefault(prompt.facts.category, []).append(n)
-    splits = {
+    splits: dict[Split, SplitScore] = {
         split: SplitScore(
             overall=interval_of_means([correct_P[p] for p in of.values()], seed=seed),
             exact=interval_of_means([exact_P[p] for p in of.values()], seed=seed),

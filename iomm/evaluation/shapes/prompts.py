@@ -115,12 +115,20 @@ def is_heldout_relation(first: str, relation: Relation, second: str) -> bool:
     return (first, relation, second) in _HELDOUT_RELATIONS
 
 
+def article(words: str) -> str:
+    """`a red circle`, `an orange star`."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(words: str) -> str:
+    """`red circles`, `crosses`."""
+    return f"{words}{'es' if words.endswith('s') else 's'}"
+
+
 def noun(wanted: Wanted) -> str:
     """`a red circle`, `three crosses`."""
     words = wanted.shape if wanted.colour is None else f"{wanted.colour} {wanted.shape}"
-    if wanted.count == 1:
-        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-    return f"{NUMBERS[wanted.count]} {words}{'es' if words.endswith('s') else 's'}"
+    return article(words) if wanted.count == 1 else f"{NUMBERS[wanted.count]} {plural(words)}"
 
 
 def texts(facts: Facts) -> list[str]:

@@ -27,15 +27,15 @@ from iomm.evaluation.shapes.prompts import (
     is_heldout_relation,
     texts,
 )
-from iomm.evaluation.shapes.relations import offset_shares, relations, thing_box
+from iomm.evaluation.shapes.relations import Relation, offset_shares, relations, thing_box
 from iomm.evaluation.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, reach
 
-RADII = {1: (0.19, 0.33), 2: (0.16, 0.22), 3: (0.15, 0.18), 4: (0.15, 0.165)}  # by the number of things
+RADII = {1: (0.19, 0.33), 2: (0.16, 0.22), 3: (0.155, 0.18), 4: (0.155, 0.165)}  # by the number of things
 RIM = 3.5 / 64  # of the side, free of things
 GAP = 4.5 / 64  # between things
 MIN_CONTRAST = 45.0  # of a thing with the background, in CIELAB
 MIN_CLEAR = 0.8  # share of the distance that a named relation has; 0.5 would do for it to hold
-BACKGROUND_SHARES = {"white": 0.5, "grey": 0.125, "sand": 0.125, "sky": 0.125, "slate": 0.125}
+BACKGROUND_SHARES = {"white": 0.5, "grey": 0.125, "sand": 0.125, "sky": 0.125, "mint": 0.125}
 _COUNTED_SHARE = 0.3  # of the unlabeled images: two to four of one kind; the others: one to four of any
 _LAYOUTS = 64  # tried at once
 _TRIES = 2000
@@ -73,7 +73,7 @@ def draw_image(seed: int, index: int, *, show_heldout: bool = True) -> Scene:
     rng = generator(seed, Stream.IMAGES, index)
     for _ in range(_TRIES):
         counted = rng.uniform() < _COUNTED_SHARE
-        kinds = _kinds(rng, _choose(rng, all_facts("counting"))) if counted else _any_kinds(rng)
+        kinds = _kinds(rng, choose(rng, all_facts("counting"))) if counted else _any_kinds(rng)
         scene = scene_with(kinds, rng)
         if show_heldout or not shows_heldout(scene):
             return scene
@@ -83,8 +83,8 @@ def draw_image(seed: int, index: int, *, show_heldout: bool = True) -> Scene:
 def draw_pair(seed: int, index: int, *, stream: Stream = Stream.PAIRS) -> Pair:
     """Pair `index`: category index mod 6, and nothing in its scene that is held out."""
     rng = generator(seed, stream, index)
-    facts = _choose(rng, all_facts(CATEGORIES[index % len(CATEGORIES)]))
-    prompt = Prompt(text=_choose(rng, texts(facts)), facts=facts)
+    facts = choose(rng, all_facts(CATEGORIES[index % len(CATEGORIES)]))
+    prompt = Prompt(text=choose(rng, texts(facts)), facts=facts)
     for _ in range(_TRIES):
         scene = scene_of(facts, rng)
         if not shows_heldout(scene):
@@ -108,7 +108,7 @@ def shows_heldout(scene: Scene) -> bool:
     )
 
 
-def _choose[T](rng: np.random.Generator, among: tuple[T, ...] | list[T]) -> T:
+def choose[T](rng: np.random.Generator, among: tuple[T, ...] | list[T]) -> T:
     return among[int(rng.integers(len(among)))]
 
 
@@ -117,12 +117,12 @@ def _kinds(rng: np.random.Generator, facts: Facts) -> list[Kind]:
     return [
         kind
         for wanted in facts.wanted
-        for kind in [(wanted.shape, wanted.colour or _choose(rng, tuple(COLOURS)))] * wanted.count
+        for kind in [(wanted.shape, wanted.colour or choose(rng, tuple(COLOURS)))] * wanted.count
     ]
 
 
 def _any_kinds(rng: np.random.Generator) -> list[Kind]:
-    return [(_choose(rng, SHAPES), _choose(rng, tuple(COLOURS))) for _ in range(int(rng.integers(1, 5)))]
+    return [(choose(rng, SHAPES), choose(rng, tuple(COLOURS))) for _ in range(int(rng.integers(1, 5)))]
 
 
 def scene_with(
@@ -137,18 +137,18 @@ def scene_with(
     background = _background(rng, {colour for _, colour in kinds})
     for _ in range(_TRIES):
         things = _layout(rng, kinds, room_for)
-        if things is not None and (facts is None or _clear(things, facts)):
+        if things is None:
+            continue
+        if facts is None or facts.relation is None or stands_clearly(things[0], facts.relation, things[1]):
             return Scene(things=things, background=background)
     raise AssertionError(f"no layout of {kinds} in {_TRIES} draws")
 
 
-def _clear(things: tuple[Thing, ...], facts: Facts) -> bool:
-    """Whether the named relation, if any, and no other holds by a margin."""
-    if facts.relation is None:
-        return True
-    first, second = (thing_box(thing) for thing in things)
-    clearest = max(abs(share) for share in offset_shares(first, second))
-    return relations(first, second) == {facts.relation} and clearest >= MIN_CLEAR
+def stands_clearly(first: Thing, relation: Relation, second: Thing) -> bool:
+    """Whether this relation and no other holds of the first thing to the second, by a margin."""
+    a, b = thing_box(first), thing_box(second)
+    clearest = max(abs(share) for share in offset_shares(a, b))
+    return relations(a, b) == {relation} and clearest >= MIN_CLEAR
 
 
 @functools.cache

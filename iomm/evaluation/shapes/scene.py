@@ -31,7 +31,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (205, 205, 205),
     "sand": (243, 232, 205),
     "sky": (200, 222, 245),
-    "slate": (88, 96, 104),
+    "mint": (205, 238, 214),
 }
 
 
@@ -98,7 +98,7 @@ OUTLINES: dict[str, np.ndarray] = {
     "circle": _centred(_ring(64, (0.88,))),
     "square": _centred([(-0.76, -0.76), (0.76, -0.76), (0.76, 0.76), (-0.76, 0.76)]),
     "triangle": _centred(_ring(3, (1.04,))),
-    "star": _centred(_ring(10, (1.18, 0.5))),
+    "star": _centred(_ring(10, (1.2, 0.46))),
     "cross": _centred(_plus(0.33, 1.0)),
     "heart": _centred(_heart()),
 }

@@ -13,7 +13,6 @@ from typing import Any, Self, final
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
 _log = logging.getLogger(__name__)
 
 

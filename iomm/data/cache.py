@@ -7,7 +7,7 @@ is found again and a changed or differently cropped one is not. The identity sta
 depend on (weights, preprocessing, precision); another identity is another sub-folder. Parts are written whole
 or not at all and never changed, so several ranks and runs may share the folder.
 
-In memory are 16 bytes a row, and what is not yet written; rows are read as they are used, not mapped.
+In memory are 12 bytes a row, and what is not yet written; rows are read as they are used, not mapped.
 
 B samples of L tokens of C numbers; N rows of all parts.
 """
@@ -15,7 +15,8 @@ B samples of L tokens of C numbers; N rows of all parts.
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class FeatureCache:
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._pending_bytes = 0
         self._damaged: set[tuple[Path, int]] = set()  # rows
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="iomm-cache")
         self.refresh()
 
     def __len__(self) -> int:
@@ -103,8 +105,7 @@ class FeatureCache:
         """Find the parts that other processes wrote since; a torn one is left out, with a log warning."""
         paths = [path for path in self.folder.glob(f"part-*{SUFFIX}") if path.name not in self._seen]
         if paths:
-            with ThreadPoolExecutor(_READERS) as pool:
-                self._add(list(pool.map(_open, sorted(paths))))
+            self._add(self._pool.map(_open, sorted(paths)))
             self._seen.update(path.name for path in paths)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
@@ -139,9 +140,8 @@ class FeatureCache:
         A damaged row is not here, with a log warning.
         """
         wanted = list(dict.fromkeys(keys))
-        with ThreadPoolExecutor(_READERS) as pool:
-            rows = pool.map(self._read, wanted)
-            return {key: row for key, row in zip(wanted, rows, strict=True) if row is not None}
+        rows = self._pool.map(self._read, wanted)
+        return {key: row for key, row in zip(wanted, rows, strict=True) if row is not None}
 
     def get(
         self, keys: Sequence[str], encode: Callable[[list[int]], Mapping[str, Tensor]], *, at_once: int = 1
@@ -202,21 +202,19 @@ class FeatureCache:
             )
             self._pending, self._pending_bytes = {}, 0
 
-    def _add(self, opened: Sequence[tuple[Part, NDArray[np.void]] | None]) -> None:
-        """Take parts in that were opened, with their keys."""
-        usable: list[Part] = []
-        keys: list[NDArray[np.void]] = []
-        for part, keys_N in filter(None, opened):
+    def _add(self, opened: Iterable[tuple[Part, NDArray[np.uint64]] | None]) -> None:
+        """Take parts in that were opened, with the heads of their keys."""
+        heads: list[NDArray[np.uint64]] = []
+        for part, head_N in filter(None, opened):
             if lacking := [name for name in self._outputs if name not in part.layout]:
                 _log.info("feature cache: %s has no %s, left out", part.path, ", ".join(lacking))
                 continue
             wanted = {name: part.layout[name] for name in self._outputs}
             self._layout = self._layout or wanted
             self._check_layout(str(part.path), wanted, self._layout)
-            usable.append(part)
-            keys.append(keys_N)
-        self._index.add(keys, len(self._parts))
-        self._parts += usable
+            self._parts.append(part)
+            heads.append(head_N)
+        self._index.add(heads)
 
     def _has(self, key: str) -> bool:
         return key in self._pending or any(True for _ in self._places(key))
@@ -262,43 +260,51 @@ class FeatureCache:
 
 
 class _KeyIndex:
-    """Where each of N keys stands: 16 bytes a key."""
+    """Where each of N keys stands: 12 bytes a key (16 beyond 4 billion)."""
 
     def __init__(self) -> None:
         self._head_N: NDArray[np.uint64] = np.empty(0, np.uint64)  # first half of the key, sorted
-        self._part_N: NDArray[np.uint32] = np.empty(0, np.uint32)
-        self._row_N: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._number_N: NDArray[np.integer] = np.empty(0, np.uint32)  # counted over all parts
+        self._starts: list[int] = [0]  # number of each part's first row, and of the next new one
 
     def __len__(self) -> int:
         return len(self._head_N)
 
-    def add(self, keys: Sequence[NDArray[np.void]], first_part: int) -> None:
-        """The keys of parts first_part, first_part + 1, ..."""
-        if not keys:
+    def add(self, heads: list[NDArray[np.uint64]]) -> None:
+        """The keys of the next parts, by their heads. Empties the list, which may be large."""
+        if not heads:
             return
-        heads = [_head(keys_N) for keys_N in keys]
-        parts = [np.full(len(h), first_part + p, np.uint32) for p, h in enumerate(heads)]
-        rows = [np.arange(len(h), dtype=np.uint32) for h in heads]
+        for head_N in heads:
+            self._starts.append(self._starts[-1] + len(head_N))
         head_N = np.concatenate([self._head_N, *heads])
+        heads.clear()
         order_N = np.argsort(head_N, kind="stable")
         self._head_N = head_N[order_N]
-        self._part_N = np.concatenate([self._part_N, *parts])[order_N]
-        self._row_N = np.concatenate([self._row_N, *rows])[order_N]
+        del head_N
+        kind = np.uint32 if self._starts[-1] <= 1 << 32 else np.uint64
+        known = len(self._number_N)
+        number_N = order_N.astype(kind)
+        # Behind the rows that were known come the new ones, in order; those known have numbers already.
+        number_N[order_N < known] = self._number_N[order_N[order_N < known]]
+        self._number_N = number_N
 
-    def find(self, key: str) -> list[tuple[int, int]]:
-        """Part and row of each key that has the same first half."""
+    def find(self, key: str) -> Iterator[tuple[int, int]]:
+        """Part and row of each key that has the same head."""
         head = np.uint64(int.from_bytes(bytes.fromhex(key)[:8], "little"))
-        first, end = (int(np.searchsorted(self._head_N, head, side)) for side in ("left", "right"))
-        return [(int(self._part_N[i]), int(self._row_N[i])) for i in range(first, end)]
+        first = int(np.searchsorted(self._head_N, head))
+        for i in range(first, len(self._head_N)):
+            if self._head_N[i] != head:
+                return
+            number = int(self._number_N[i])
+            part = bisect_right(self._starts, number) - 1
+            yield part, number - self._starts[part]
 
 
-def _head(keys_N: NDArray[np.void]) -> NDArray[np.uint64]:
-    return keys_N.view(np.dtype("<u8")).reshape(-1, 2)[:, 0].astype(np.uint64)
-
-
-def _open(path: Path) -> tuple[Part, NDArray[np.void]] | None:
+def _open(path: Path) -> tuple[Part, NDArray[np.uint64]] | None:
+    """A part, and the first half of each of its keys, (N,)."""
     try:
-        return Part.open(path)
+        part, keys_N = Part.open(path)
+        return part, keys_N.view(np.dtype("<u8")).reshape(-1, 2)[:, 0].astype(np.uint64)
     except TornPart as error:
         what = "feature cache: ignored %s: torn or damaged: %s. Its samples are encoded again."
         _log.warning(what, path, error)

@@ -20,6 +20,17 @@ from iomm.evaluation.runlog import Record, require_run
 
 DESCRIPTION = "what a run is doing: step, loss, speed, last checkpoint, restarts, time to go"
 RECENT = 20  # logged steps whose mean loss is shown
+# Events that a person should know of, whether or not the run went on.
+NOTICES = (
+    "nan_skip",
+    "save_failed",
+    "checkpoint_damaged",
+    "cache_not_written",
+    "hang",
+    "loader_stall",
+    "straggler",
+)
+NOTICE_LENGTH = 160
 SILENT_AFTER_S = 300.0  # a run that says "running" and has not written for so long may be dead
 
 
@@ -46,6 +57,7 @@ class Status:
     skipped_steps: int  # for a loss or gradient that was not finite
     bad_samples: int
     restarts: int
+    notice: str | None  # the last thing of NOTICES that happened
 
     def silent_at(self, now: float) -> bool:
         """Whether it says that it runs and has said nothing for long."""
@@ -77,6 +89,7 @@ class Follower:
         self._skipped: set[int] = set()
         self._bad: set[tuple[str, str]] = set()
         self._resumes = 0
+        self._notice: str | None = None
 
     def read(self) -> Status:
         """The run as it is now."""
@@ -110,6 +123,7 @@ class Follower:
             skipped_steps=len(self._skipped),
             bad_samples=len(self._bad),
             restarts=state.get("restarts", self._resumes),
+            notice=self._notice,
         )
 
     def _take(self, record: Record) -> None:
@@ -124,6 +138,8 @@ class Follower:
             self._skipped.add(record["step"])
         elif event == "resume":
             self._resumes += 1
+        if event in NOTICES:
+            self._notice = f"step {record.get('step')}, {event}: {str(record.get('detail'))[:NOTICE_LENGTH]}"
 
 
 @final
@@ -176,6 +192,8 @@ def rows(status: Status, now: float | None = None) -> list[tuple[str, str]]:
         out.append(("last checkpoint", "none yet"))
     out.append(("skipped", f"{status.skipped_steps:,} steps, {status.bad_samples:,} samples"))
     out.append(("restarts", f"{status.restarts:,}"))
+    if status.notice is not None:
+        out.append(("last notice", status.notice))
     if status.to_go_s is not None:
         out.append(("time to go", f"{duration(status.to_go_s)} of training at this speed"))
     return out

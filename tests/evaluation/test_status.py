@@ -118,6 +118,13 @@ def test_a_run_that_says_it_runs_and_writes_nothing_is_called_silent(folder: Pat
     assert not Follower(folder).read().silent_at(time.time())
 
 
+def test_the_last_thing_that_went_wrong_is_shown_in_one_line(folder: Path) -> None:
+    assert Follower(folder).read().notice is None
+    append(folder, event(120, "save_failed", "the disk is full " * 20), event(130, "save", "step_00000130"))
+    shown = dict(rows(Follower(folder).read()))["last notice"]
+    assert shown.startswith("step 120, save_failed: the disk is full") and len(shown) < 200
+
+
 @pytest.mark.parametrize(("ended", "reason"), [("failed", "OSError: disk"), ("preempted", "SIGUSR1")])
 def test_a_run_that_ended_says_why_and_has_no_time_to_go(folder: Path, ended: str, reason: str) -> None:
     state(folder, state=ended, reason=reason)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import iomm_kernels
+from iomm.cli import main
 from iomm.doctor import Check, Gpu, Machine, collect, render
 from iomm.doctor.machine import _gpus
+from iomm.parallel.mesh import Mesh
 
 VERSIONS = {
     "torch": "2.14.1",
@@ -159,3 +161,17 @@ def test_compiled_operators_are_used_on_cpu_where_they_are_built() -> None:
 def test_what_is_shown_is_one_line_a_check_and_the_fix_below_it() -> None:
     lines = render([Check(section="s", name="a", status="no", detail="why", fix="do this")]).splitlines()
     assert lines == ["s", "  no  a  why", "         -> do this"]
+
+
+def test_ranks_are_compared_when_there_is_one_and_how_to_compare_more_is_said(
+    mesh: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--distributed"]) == 0
+    shown = capsys.readouterr().out
+    assert "it has" in shown and "torch: " in shown and "code: " in shown
+    assert "a sum over all 1 ranks" in shown and "torchrun --nproc-per-node=8" in shown
+
+
+def test_settings_are_compared_among_ranks_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", "run.py"]) == 1
+    assert "add --distributed" in capsys.readouterr().err

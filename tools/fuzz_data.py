@@ -48,7 +48,7 @@ def main() -> int:
         return 0
     table.keep_bad(arguments.out)
     for decode, ran in table.bad:
-        sys.stdout.write(f"{ran.number} ({decode}) {ran.what}: {ran.problems[0][:500]}\n")
+        sys.stdout.write(f"{ran.number} ({decode}) {ran.what}: {ran.problems[0][-500:]}\n")
     sys.stdout.write(f"the inputs are in {arguments.out}\n")
     return 1
 

@@ -2,9 +2,10 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tests.data.fuzz import images, tars
 
@@ -51,6 +52,8 @@ class Case:
     swallows: bool = False  # one member claims the bytes of others, which nobody can tell from its own
     during: During | None = None
     indexed: bool = False  # the shard has an index beside it, which may be damaged
+    data: Mapping[str, Any] = field(default_factory=dict)  # settings of the loader
+    buckets: bool = False  # the loader by index has aspect-ratio buckets
     routes: Sequence[str] = ("load", "make", "check", "index", "load by index")
 
 
@@ -221,10 +224,11 @@ FOLDER_THINGS: dict[str, Callable[[Path], None]] = {
 
 def parquet(draft: Draft) -> Case:
     """A damaged Parquet file."""
-    rows: list[dict[str, object]] = [{"image": p.image, "caption": "text"} for p in draft.good(3)]
+    puts = draft.good(3)
+    rows: list[dict[str, object]] = [{"image": put.image, "caption": "text"} for put in puts]
     damage = draft.rng.choice(list(images.DAMAGE)[:-1])
     data = images.DAMAGE[damage](draft.rng, images.as_parquet(rows))
     if draft.rng.random() < 0.5:  # the last 200 bytes are what a reader begins with
         tail = images.DAMAGE[damage](draft.rng, data[-200:])
         data = data[:-200] + tail
-    return Case(what=damage, puts=draft.good(0), source=draft.write("rows.parquet", data))
+    return Case(what=damage, puts=puts, source=draft.write("rows.parquet", data))

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.data.fuzz import cases, images, live_cases, tar_cases
@@ -50,4 +51,7 @@ def kind_of(number: int) -> str:
 
 def build(seed: int, number: int, folder: Path) -> Case:
     """Write an input; the same for the same seed and number, on any machine with the same libraries."""
-    return KINDS[kind_of(number)](Draft(random.Random(f"{seed}: {number}"), folder))
+    rng = random.Random(f"{seed}: {number}")
+    case = KINDS[kind_of(number)](Draft(rng, folder))
+    data = {"crop": rng.choice(("center", "random")), "flip": rng.random() < 0.5}
+    return replace(case, data=data, buckets=rng.random() < 0.3)

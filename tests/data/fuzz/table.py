@@ -22,6 +22,7 @@ class Table:
     peak_bytes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     bad: list[tuple[str, Ran]] = field(default_factory=list)
+    held_bytes: int = 0
 
     def add(self, ran: Ran, decode: str) -> None:
         """Count an input."""
@@ -30,6 +31,7 @@ class Table:
         for route, verdict in ran.verdicts.items():
             self.counts[kind, decode if decode == "dali" else route, verdict.outcome] += 1
         self.peak_bytes[kind] = max(self.peak_bytes[kind], ran.peak_bytes)
+        self.held_bytes = max(self.held_bytes, ran.held_bytes)
         self.seconds[kind] = max(self.seconds.get(kind, 0.0), ran.seconds)
         if ran.problems:
             self.bad.append((decode, ran))
@@ -44,9 +46,11 @@ class Table:
             peak, slowest = self.peak_bytes[kind] >> 20, self.seconds[kind]
             lines.append(f"{kind:26}{len(numbers):7}{cells}{peak:6}{slowest:6.1f}{unaccounted[kind]:5}")
         total = sum(map(len, self.inputs.values()))
-        return "\n".join(
-            [*lines, f"{total} inputs, {len({ran.number for _, ran in self.bad})} unaccounted for\n"]
+        bad = len({ran.number for _, ran in self.bad})
+        lines.append(
+            f"{total} inputs, {bad} unaccounted for; the process grew by {self.held_bytes >> 20} MiB"
         )
+        return "\n".join(lines) + "\n"
 
     def _cell(self, kind: str, route: str) -> str:
         found = [self.counts[kind, route, outcome] for outcome in OUTCOMES]

@@ -61,7 +61,7 @@ def name(draft: Draft) -> Case:
     first, subject, last, before, after = _parts(draft)
     what = draft.rng.choice(list(tars.NAMES))
     strange = tars.NAMES[what](b"subject")
-    subject = replace(subject, silent=what in ("hidden", "up at the end"))
+    subject = replace(subject, silent=what in ("hidden", "backslash", "up at the end"))
     return _case(draft, what, [first, subject, last], before + member(strange, subject.image) + after + END)
 
 
@@ -74,7 +74,7 @@ def type_(draft: Draft) -> Case:
     odd = member(b"subject.png", data, type_=kind, link=link)
     subject = replace(subject, silent=kind in b"5gxLK")
     return _case(
-        draft, f"type {kind!r}", [first, subject, last], before + odd + after + END, swallows=kind in b"LKgx"
+        draft, f"type {kind!r}", [first, subject, last], before + odd + after + END, swallows=kind in b"LKgxX"
     )
 
 

@@ -29,6 +29,7 @@ from tests.data.fuzz.cases import Case, During, Put
 from tests.data.fuzz.images import MAX_PIXELS
 
 SIDE_PX = 16
+BATCH = 4
 _REASON_LIMIT = 20_000  # characters
 OUTCOMES = ("used", "rejected", "refused", "left alone")
 
@@ -69,7 +70,7 @@ def run(case: Case, scratch: Path, decode: str = "cpu") -> dict[str, Verdict]:
         "make": lambda: _make(case, case.output or scratch / "made"),
         "check": lambda: _check(case),
         "index": lambda: _index(case),
-        "load by index": lambda: _load(case, decode),
+        "load by index": lambda: _load(case, decode, buckets=case.buckets),
     }
     found: dict[str, Verdict] = {}
     for route in case.routes:
@@ -181,7 +182,7 @@ def _make(case: Case, output: Path) -> Found:
     found = _quarantined(case, output)
     if (output / SET_INDEX).exists():
         try:
-            made = _delivered([str(output / SET_INDEX)], "cpu", threads=2)
+            made = _delivered([str(output / SET_INDEX)], threads=2, decode="cpu")
         except Refusal as refusal:
             if case.output is None:
                 raise
@@ -236,7 +237,10 @@ def _index(case: Case) -> Found:
     opened = Index.open(f"{case.shard}{stores.INDEX_SUFFIX}")
     found = Found()
     for j in range(opened.shards[0].images):
-        sample = opened.sample(0, j)
+        try:
+            sample = opened.sample(0, j)
+        except ValueError as error:  # the index was kept: by its checksums it fits the shard
+            raise Refusal(str(error)) from error
         if sample.reason is None:
             found.used.append((sample.key, sample.content_hash or ""))
         else:
@@ -256,9 +260,10 @@ def _shards(case: Case) -> list[Path]:
     return [case.shard, *case.shard.parent.glob("*.tar")]
 
 
-def _load(case: Case, decode: str) -> Found:
+def _load(case: Case, decode: str, *, buckets: bool = False) -> Found:
     try:
-        found = _delivered([str(case.shard)], decode, threads=1 if case.during else 2)
+        data = {**case.data, "buckets": buckets, "decode": decode}
+        found = _delivered([str(case.shard)], threads=1 if case.during else 2, **data)
     except Refusal as refusal:
         if not _names(str(refusal), _shards(case)):
             raise AssertionError(f"a message that names no shard: {refusal}") from refusal
@@ -271,7 +276,7 @@ def _load(case: Case, decode: str) -> Found:
     return found
 
 
-def _delivered(patterns: Sequence[str], decode: str, threads: int) -> Found:
+def _delivered(patterns: Sequence[str], *, threads: int, **settings: Any) -> Found:
     """An epoch of the loader, of images and of pairs.
 
     Raises:
@@ -283,23 +288,22 @@ def _delivered(patterns: Sequence[str], decode: str, threads: int) -> Found:
         "images": tuple(patterns),
         "image_px": SIDE_PX,
         "max_image_pixels": MAX_PIXELS,
-        "decode": decode,
         "decode_threads": threads,
         "prefetch_batches": threads - 1,
+        **settings,
     }
     try:
         try:
-            loader = Loader(
-                DataConfig(**data, pairs=tuple(patterns), mix_ratio=0.5), 1, on_bad=reports.append
-            )
+            loader = _loader(DataConfig(**data, pairs=tuple(patterns), mix_ratio=0.5), reports)
         except ValueError as error:
             if "none with a caption" not in str(error):
                 raise
-            loader = Loader(DataConfig(**data), 1, on_bad=reports.append)
+            loader = _loader(DataConfig(**data), reports)
         size, pairs = loader.size("image"), loader.size("pair")
-        indices = range(2 * size if pairs else size)
-        for batch in loader.stream([indices[at : at + 4] for at in range(0, len(indices), 4)]):
-            assert batch.image_BCHW.shape[1:] == (3, SIDE_PX, SIDE_PX)
+        indices = range(2 * (size + BATCH) if pairs else size + BATCH)
+        batches = [indices[at : at + BATCH] for at in range(0, len(indices), BATCH)]
+        for wanted, batch in zip(batches, loader.stream(batches), strict=True):
+            assert batch.image_BCHW.shape == (len(wanted), 3, *loader.size_px(wanted[0]))
             rows = list(zip(batch.keys, batch.hashes, batch.captions, strict=True))
             found.used += [(key, digest) for key, digest, _ in rows]
             found.captioned |= {key for key, _, caption in rows if caption is not None}
@@ -310,6 +314,10 @@ def _delivered(patterns: Sequence[str], decode: str, threads: int) -> Found:
     if not found.used and not reports:
         found.problems.append("neither an image nor a reason")
     return found
+
+
+def _loader(data: DataConfig, reports: list[BadSampleReport]) -> Loader:
+    return Loader(data, 1, on_bad=reports.append, global_batch_images=BATCH, token_px=4)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ class Ran:
     what: str = ""
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     seconds: float = 0.0
-    peak_bytes: int = 0  # beyond what the process had before
+    peak_bytes: int = 0  # of memory, beyond what the process had before
+    held_bytes: int = 0  # what it has since it began
     died: str | None = None  # it crashed the process, or hung
 
     @property
@@ -39,8 +40,9 @@ class Ran:
         found = [f"{route}: {text}" for route, one in self.verdicts.items() for text in one.problems]
         if self.died is not None:
             found.append(self.died)
-        if self.peak_bytes > PEAK_BYTES:
-            found.append(f"{self.peak_bytes >> 20} MiB in use, more than {PEAK_BYTES >> 20} MiB")
+        if max(self.peak_bytes, self.held_bytes) > PEAK_BYTES:
+            peak, held, most = (size >> 20 for size in (self.peak_bytes, self.held_bytes, PEAK_BYTES))
+            found.append(f"{peak} MiB in use, {held} MiB since the process began; the limit is {most} MiB")
         return found
 
 
@@ -121,7 +123,6 @@ def _serve(pipe: Connection, seed: int, decode: str, folder: str, errors: str) -
     while True:
         number = pipe.recv()
         os.ftruncate(2, 0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         pipe.send(_run(seed, number, decode, folder, base))
 
 
@@ -139,10 +140,13 @@ def _share_decoder(decode: str) -> None:
 def _run(seed: int, number: int, decode: str, folder: str, base: int) -> Ran:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         case = kinds.build(seed, number, Path(place))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         start = time.monotonic()
+        before = _status("VmRSS")
         verdicts = trial.run(case, Path(place), decode)
         seconds = time.monotonic() - start
-    return Ran(number, case.what, verdicts, seconds, max(0, _status("VmHWM") - base))
+    peak, held = _status("VmHWM") - before, _status("VmRSS") - base
+    return Ran(number, case.what, verdicts, seconds, max(0, peak), max(0, held))
 
 
 def _status(field_: str) -> int:

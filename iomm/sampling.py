@@ -48,11 +48,12 @@ def paint(
     steps: int,
     guidance: float,
     method: Method = "euler",
+    first: int = 0,
 ) -> Tensor:
-    """Pictures of prompts, uint8 (B, 3, H, W). Picture i starts from the noise of (seed, i)."""
+    """Pictures of prompts, uint8 (B, 3, H, W). Picture i starts from the noise of (seed, first + i)."""
     builder = encoders.prefixes
     null = builder.for_text([builder.config.null_prompt] * len(prompts))
-    noise = encoders.noise(seed, Stream.SAMPLE, torch.arange(len(prompts)))
+    noise = encoders.noise(seed, Stream.SAMPLE, torch.arange(first, first + len(prompts)))
     out = generate(
         system,
         encoders,

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, final
 
-# A launcher that wants to know names a file here; with it a preempted rank exits 0, because torchrun would
-# take 85 for a failure and start the rank again.
+# A launcher that decides whether to launch again names a file here, and rank 0 leaves its last word in it.
+# With it a preempted rank exits 0, because torchrun would take 85 for a failure and start the rank again.
 REQUEUE_FILE = "IOMM_REQUEUE_FILE"
 REQUEUE_EXIT = 85
 
@@ -52,15 +52,21 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def tell_launcher(word: str) -> None:
+    """Leave a word for who launched this: `saved` after a checkpoint, the signal's name after a stop. Only
+    rank 0 does, and only if asked (`IOMM_REQUEUE_FILE`)."""
+    file = os.environ.get(REQUEUE_FILE)
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(f"{word}\n", encoding="utf-8")
+
+
 def exit_status(stopped_by: int) -> int:
-    """What a rank exits with that saved and was stopped by a signal; rank 0 also tells the launcher which.
+    """What a rank exits with that saved and was stopped by a signal; the launcher is told which.
 
     Returns:
         128 + n for signal n; for SIGUSR1 85 (SLURM's RequeueExit), or 0 with `IOMM_REQUEUE_FILE`.
     """
-    file = os.environ.get(REQUEUE_FILE)
-    if file and os.environ.get("RANK", "0") == "0":
-        Path(file).write_text(f"{signal.Signals(stopped_by).name}\n", encoding="utf-8")
+    tell_launcher(signal.Signals(stopped_by).name)
     if stopped_by != signal.SIGUSR1:
         return 128 + stopped_by
-    return 0 if file else REQUEUE_EXIT
+    return 0 if REQUEUE_FILE in os.environ else REQUEUE_EXIT

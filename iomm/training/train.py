@@ -31,7 +31,7 @@ from iomm.training.recovery import newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
-from iomm.training.stop import StopSignal
+from iomm.training.stop import StopSignal, tell_launcher
 from iomm.training.stragglers import compare
 from iomm.training.throughput import FlopCount, Stopwatch
 from iomm.training.watch import Watch
@@ -376,3 +376,4 @@ def _saving(
         if path is not None:
             t.run.event(step, "save", str(path))
             t.state.saved(path)
+            tell_launcher("saved")

@@ -11,9 +11,10 @@ from iomm.launch.script import find_script
 SCRIPTS = find_script("train.sbatch").parent
 # What these do instead: write down what they are told, and
 # srun: play the ranks: with $WAITS be signalled and wait until the signal is handed on (5 s at most), leave
-# $LEAVES in the file that rank 0 writes, exit with $STATUS. scontrol: answer.
+# $LEAVES in the file that rank 0 writes, exit with $STATUS; asked whether all nodes answer, with $SILENT.
 STAND_INS = {
     "srun": r"""
+        [ "$1" != --overlap ] || exit "${SILENT:-0}"
         printf '%s\n' "$@" >srun.told
         if [ -n "${WAITS:-}" ]; then
             kill -USR1 $PPID
@@ -27,7 +28,8 @@ STAND_INS = {
         echo "$@" >>scontrol.told
         case "$*" in
             "show hostnames"*) printf 'node7\nnode8\n' ;;
-            *"show job"*) echo "JobId=41 PreemptTime=${PREEMPTED:-None} Partition=low" ;;
+            *"show job"*)
+                echo "JobId=41 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None} Partition=low" ;;
             requeue*) exit "${REFUSES:-0}" ;;
         esac
     """,
@@ -107,14 +109,29 @@ def test_a_container_is_pyxis_options_of_srun_and_none_without(folder, script):
     [
         ({"LEAVES": "SIGUSR1"}, 0, True),
         ({"LEAVES": "SIGUSR1", "REFUSES": "1"}, 85, True),
+        ({"LEAVES": "SIGUSR1", "SLURM_RESTART_COUNT": "100"}, 0, False),
         ({"LEAVES": "SIGTERM", "STATUS": "1"}, 1, False),
         ({"LEAVES": "SIGTERM", "STATUS": "1", "PREEMPTED": "2026-01-01T00:00:00"}, 0, True),
+        ({"LEAVES": "saved", "STATUS": "1", "STATE": "COMPLETING"}, 1, False),
+        ({"LEAVES": "saved"}, 0, False),
+        ({"LEAVES": "saved", "STATUS": "3"}, 0, True),
         ({"STATUS": "3"}, 3, False),
-        ({"STATUS": "3", "PREEMPTED": "2026-01-01T00:00:00"}, 3, False),
+        ({"STATUS": "3", "SILENT": "1"}, 0, True),
     ],
-    ids=["asked", "may-not-requeue", "cancelled", "preempted", "failed", "failed-while-preempted"],
+    ids=[
+        "asked",
+        "may-not-requeue",
+        "for-ever",
+        "terminated",
+        "preempted",
+        "cancelled",
+        "done",
+        "failed-after-progress",
+        "failed-without",
+        "node-lost",
+    ],
 )
-def test_a_job_goes_back_into_the_queue_only_if_it_saved_and_was_asked_to(
+def test_a_job_goes_back_into_the_queue_if_another_life_would_get_further(
     folder, environment, status, requeues
 ):
     done = run(folder, "train.sbatch", "a.py", **environment)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2", "n3")
+ENDS = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLINE"}
 GPUS = 2  # of a node; character devices that nobody opens
 
 # What differs from a common cluster serves to be quick (timeouts, scheduling at once) or to run without
@@ -87,6 +88,7 @@ class Cluster:
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._hurried: set[tuple[str, str]] = set()
 
     def __enter__(self) -> "Cluster":
         self._write_configuration()
@@ -131,12 +133,14 @@ class Cluster:
         return self.run("sinfo", "-h", "-p", "low", "-N", "-t", "idle", "-o", "%N", check=False).split()
 
     def crash(self, node: str) -> None:
-        """Cut a node's power: slurmd first, so that it reports nobody's end."""
-        self._daemons[node].kill()
+        """Cut a node's power: all its processes stop before the first one dies, so that none reports
+        another's end."""
+        victims = [psutil.Process(self._daemons[node].pid), *self._descendants(node)]
+        for act in (psutil.Process.suspend, psutil.Process.kill):
+            for process in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    act(process)
         self._daemons[node].wait()
-        for process in self._descendants(node):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says, by name."""
@@ -144,21 +148,30 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, job: str, states: set[str], timeout_s: float) -> str:
-        """Wait until a job is in one of these states, and say which. A requeued job, which SLURM would let
-        rest for two minutes, is hurried on."""
-        seen: list[tuple[str, str]] = []
+        """Wait until a job is in one of these states, and say which. Ending in another fails the test."""
+        seen: list[str] = []
 
         def there() -> bool:
+            self.hurry(job)
             now = self.job(job)
-            state, reason = now.get("JobState", ""), now.get("Reason", "")
-            if not seen or seen[-1] != (state, reason):
-                seen.append((state, reason))
-            if reason == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return state in states
+            state = f"{now.get('JobState')} {now.get('Reason')}"
+            if seen[-1:] != [state]:
+                seen.append(state)
+            ended = now.get("JobState") in ENDS
+            assert not ended or now["JobState"] in states, f"job {job} was {seen}, not {states}"
+            return now.get("JobState") in states
 
         wait_until(there, timeout_s, lambda: f"job {job} is in {states}: it was {seen}")
-        return seen[-1][0]
+        return seen[-1].split()[0]
+
+    def hurry(self, job: str) -> None:
+        """Let a requeued job, which SLURM has rest for two minutes, start in two seconds. Not at once: a node
+        refuses what comes in the second in which it cleared up the job's last life."""
+        now = self.job(job)
+        life = (job, now.get("Restarts", ""))
+        if now.get("Reason") == "BeginTime" and life not in self._hurried:
+            self._hurried.add(life)
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
 
     def _descendants(self, node: str | None = None) -> list[psutil.Process]:
         """What nodes (or one of them) have running: step daemons hold its log open, tasks have its name."""
@@ -176,9 +189,10 @@ class Cluster:
         return found
 
     def _start(self, name: str, *command: str) -> None:
+        """Start a daemon that ends when the tests do, however they end."""
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command,
+                ("setpriv", "--pdeathsig", "TERM", *command),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

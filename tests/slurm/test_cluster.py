@@ -12,5 +12,5 @@ def test_a_job_sees_its_nodes_and_pretend_gpus(cluster, tmp_path):
         *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--mem=100"),
         *("-o", str(out), "--wrap", wrap),
     )
-    assert cluster.wait_for(job, {"COMPLETED", "FAILED"}, 20) == "COMPLETED"
+    cluster.wait_for(job, {"COMPLETED"}, 60)
     assert sorted(out.read_text().splitlines()) == ["n1 2 0,1", "n2 2 0,1"]

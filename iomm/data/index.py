@@ -44,7 +44,7 @@ _CHUNK = 1 << 18  # records read at once where a whole column is wanted
 RECORD = np.dtype(
     [
         ("image_offset", "<u8"),
-        ("caption_offset", "<u8"),  # 0: no caption (a tar begins with a header)
+        ("caption_offset", "<u8"),  # 0: no caption (a tar begins with a header); `_SEVERAL` added: a list
         ("text_offset", "<u8"),  # from the start of the shard's text
         ("content_hash", "V16"),
         ("image_size", "<u4"),
@@ -57,6 +57,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 64
+_SEVERAL = 1 << 63
 _MAX_REASON = 500  # characters
 Records = NDArray[np.void]
 
@@ -95,7 +96,9 @@ class ShardIndex:
             width, height = sample.size_px or (0, 0)
             row = records_N[i]
             row["image_offset"], row["image_size"] = sample.image_offset, sample.image_size
-            row["caption_offset"], row["caption_size"] = sample.caption_offset or 0, sample.caption_size or 0
+            several = _SEVERAL if sample.several_captions else 0
+            row["caption_offset"] = (sample.caption_offset or 0) | several
+            row["caption_size"] = sample.caption_size or 0
             row["text_offset"], row["key_bytes"], row["reason_bytes"] = len(text), len(key), len(reason)
             row["content_hash"] = np.void(bytes.fromhex(sample.content_hash))
             row["width_px"], row["height_px"] = width, height
@@ -245,11 +248,12 @@ class Index:
             key=words[:key].decode("utf-8", "surrogateescape"),
             image_offset=image,
             image_size=size,
-            caption_offset=caption or None,
+            caption_offset=caption & ~_SEVERAL or None,
             caption_size=caption_size if caption else None,
             content_hash=digest.hex(),
             size_px=(width, height) if width else None,
             reason=words[key:].decode() or None,
+            several_captions=bool(caption & _SEVERAL),
         )
 
     def column(self, k: int, fields: Sequence[str], *, captioned: bool) -> NDArray[np.int64]:

@@ -4,7 +4,6 @@ Work is dealt to processes and comes back in the order it was given, so what is 
 their number. A decoder that kills its process takes one image with it, not the run.
 """
 
-import json
 import multiprocessing
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from iomm.data import stores
+from iomm.data.captions import caption_text, json_captions
 from iomm.data.decode_cpu import CpuDecoder
 from iomm.data.decode_header import MAX_PIXELS, probe
 from iomm.data.errors import BadSample
 from iomm.data.hashing import cache_key
-from iomm.data.shards import caption_text
 from iomm.data.tar_members import SampleRef
 from iomm.data.view import View
 
@@ -76,8 +75,8 @@ class Inspected:
     suffix: str = ""  # by the file's content, not by its name
     reason: str | None = None  # why the image cannot be used
     data: bytes = b""  # the image file, if it was asked for
-    caption: str | None = None
-    caption_reason: str | None = None  # why the caption cannot be used
+    captions: tuple[str, ...] = ()
+    caption_reason: str | None = None  # why the captions cannot be used
 
 
 def inspect(items: Sequence[Item], limits: Limits, keep_data: bool) -> list[Inspected]:
@@ -103,7 +102,7 @@ def _inspect(item: Item, limits: Limits, keep_data: bool, decoder: CpuDecoder) -
     except BadSample as error:
         return replace(found, reason=error.reason, data=b"")
     try:
-        return replace(found, caption=_caption_of(item, limits))
+        return replace(found, captions=_captions_of(item, limits))
     except BadSample as error:
         return replace(found, caption_reason=error.reason)
 
@@ -120,26 +119,13 @@ def _bytes_of(source: Place | bytes, limit: int, what: str) -> bytes:
         raise BadSample(f"{what} cannot be read: {error}") from error
 
 
-def _caption_of(item: Item, limits: Limits) -> str | None:
+def _captions_of(item: Item, limits: Limits) -> tuple[str, ...]:
     if item.caption is None:
-        return None
+        return ()
     data = _bytes_of(item.caption, limits.max_caption_bytes, "the caption")
     if item.caption_field is None:
-        return caption_text(data)
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"the caption is no JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise BadSample("the caption's JSON is no object")
-    value = record.get(item.caption_field)
-    if value is None:
-        return None  # JSON of other things
-    if not isinstance(value, str):
-        raise BadSample(
-            f"the caption's JSON has no text in {item.caption_field!r}, but {type(value).__name__}"
-        )
-    return caption_text(value.encode("utf-8", "surrogatepass"))
+        return (caption_text(data),)
+    return json_captions(data, item.caption_field)
 
 
 def inspect_all(

@@ -8,47 +8,35 @@ is a function of the shards, the configuration and the seed. A run that resumes 
 indices and has the same samples.
 """
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from iomm.config import DataConfig
 from iomm.data.batch import Batch, Sample, global_batch_indices
-from iomm.data.cache import cache_key
 from iomm.data.decode import PillowDecoder
-from iomm.data.decoder import Decoder, open_decoder
-from iomm.data.errors import BadSample, BadSampleReport
+from iomm.data.decoder import open_decoder
+from iomm.data.errors import BadSampleReport
 from iomm.data.mixture import Kind
+from iomm.data.reader import Reading, SampleReader, Wanted, first_caption
 from iomm.data.schedule import Schedule
-from iomm.data.shards import SampleRef, ShardSet
+from iomm.data.shards import ShardSet
 from iomm.data.view import View
 
-__all__ = ["Batch", "Loader", "Sample", "global_batch_indices"]
+__all__ = ["Batch", "Loader", "Reading", "Sample", "global_batch_indices"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A sample of a source, for a global index."""
+class _Ahead:
+    """A batch in the making: its samples in parts, and where their images are put together, if at once."""
 
-    index: int
-    source: ShardSet
-    i: int  # in the source
-    view: View
-    with_caption: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A sample whose bytes a thread is waiting for."""
-
-    shard: str
-    key: str
-    since: float  # time.monotonic()
+    parts: list[Future[list[Sample]]]
+    image_BCHW: Tensor | None = None
 
 
 class Loader:
@@ -87,8 +75,7 @@ class Loader:
             )
         self._data = data
         self._decoder = open_decoder(data)
-        self._on_bad = on_bad
-        self._tokenize = tokenize if data.long_captions == "skip" else None
+        self._reader = SampleReader(data, tokenize if data.long_captions == "skip" else None, on_bad)
         self._sources: dict[Kind, ShardSet] = {}
         if data.mix_ratio > 0:
             self._sources["image"] = ShardSet.open(data.images)
@@ -98,16 +85,11 @@ class Loader:
         self._schedule = Schedule(
             data, seed, self._sources, global_batch_images=global_batch_images, token_px=token_px
         )
-        # By source: a sample whose caption is bad is no pair, and still a good image wherever it is one.
-        self._unreadable: set[tuple[ShardSet, int]] = set()
-        self._reported: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()
-        self._readings: dict[int, Reading] = {}  # by thread
 
     @property
     def readings(self) -> list[Reading]:
         """What threads are reading at this moment; any thread may ask."""
-        return list(self._readings.values())
+        return self._reader.readings
 
     def size(self, kind: Kind) -> int:
         """Samples in one epoch of a source; 0 if the mix ratio never draws from it."""
@@ -134,7 +116,7 @@ class Loader:
     @property
     def bad_samples(self) -> int:
         """How many samples were found that cannot be used; each one was reported."""
-        return len(self._reported)
+        return self._reader.bad_samples
 
     @property
     def heldout_size(self) -> int:
@@ -151,30 +133,44 @@ class Loader:
         """
         return self.samples([index])[0]
 
-    def samples(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of global indices, as `sample` gives them, decoded together."""
+    def samples(self, indices: Sequence[int], into: Tensor | None = None) -> list[Sample]:
+        """The samples of global indices, as `sample` gives them, decoded together.
+
+        Args:
+            indices: global sample indices.
+            into: uint8 (len(indices), 3, H, W) on the CPU: the images are put there.
+        """
         found: dict[int, Sample] = {}  # by position in `indices`
+        slots = None if into is None else list(into)
         attempt = 0
         while len(found) < len(indices):
             left = [place for place in range(len(indices)) if place not in found]
-            read = self._read([self._want(indices[place], attempt) for place in left], self._decoder)
+            wanted = [self._want(indices[place], attempt) for place in left]
+            read = self._reader.read(wanted, self._decoder, slots and [slots[place] for place in left])
             found |= {place: sample for place, sample in zip(left, read, strict=True) if sample is not None}
             attempt += 1
-        return [found[place] for place in range(len(indices))]
+        samples = [found[place] for place in range(len(indices))]
+        for slot, sample in zip(slots or (), samples, strict=False):
+            if sample.image_CHW is not slot:
+                # NumPy's copy: torch would start threads for it, beside the decoding ones.
+                slot.numpy()[:] = sample.image_CHW.numpy()
+        return samples
 
     def numbered(self, kind: Kind, numbers: Sequence[int]) -> list[Sample | None]:
         """Samples by their number in a source, as training shows them in the end, but neither cropped at
         random nor flipped; `index` is the number. None for an unreadable one, reported the first time."""
         source, view = self._sources[kind], self._schedule.plain_view
-        wanted = [_Wanted(i, source, i, view(kind, i), kind == "pair") for i in numbers]
-        return self._read(wanted, self._decoder)
+        wanted = [
+            Wanted(i, source, i, view(kind, i), first_caption if kind == "pair" else None) for i in numbers
+        ]
+        return self._reader.read(wanted, self._decoder)
 
     def shown(self, kind: Kind, number: int) -> tuple[str, View] | None:
         """Content hash and view of what `numbered` gives, without reading it; None without an index."""
         content_hash = self._sources[kind].content_hash(number)
         return None if content_hash is None else (content_hash, self._schedule.plain_view(kind, number))
 
-    def _want(self, index: int, attempt: int) -> _Wanted:
+    def _want(self, index: int, attempt: int) -> Wanted:
         """What stands for a global index after `attempt` unreadable samples.
 
         Raises:
@@ -189,9 +185,8 @@ class Loader:
                 "Each one's reason was reported. Check that the shards hold JPEG, PNG or WebP files."
             )
         i = self._schedule.number(slot, attempt)
-        return _Wanted(
-            index, self._sources[slot.kind], i, self._schedule.view(index), with_caption=slot.kind == "pair"
-        )
+        pick = partial(self._schedule.caption, index) if slot.kind == "pair" else None
+        return Wanted(index, self._sources[slot.kind], i, self._schedule.view(index), pick)
 
     def stream(self, index_batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """Batches of the given global sample indices, in order, decoded ahead by threads.
@@ -202,18 +197,21 @@ class Loader:
         """
         ahead = self._data.prefetch_batches + 1
         batches = iter(index_batches)
-        pending: deque[list[Future[list[Sample]]]] = deque()
+        pending: deque[_Ahead] = deque()
         pool = ThreadPoolExecutor(self._data.decode_threads, thread_name_prefix="iomm-decode")
         try:
             more = True
             while True:
                 while more and len(pending) < ahead:
-                    futures, more = self._submit_next(pool, batches)
-                    if futures:
-                        pending.append(futures)
+                    batch, more = self._submit_next(pool, batches)
+                    if batch is not None:
+                        pending.append(batch)
                 if not pending:
                     return
-                yield Batch.stack([sample for part in pending.popleft() for sample in part.result()])
+                batch = pending.popleft()
+                yield Batch.stack(
+                    [sample for part in batch.parts for sample in part.result()], batch.image_BCHW
+                )
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -232,8 +230,8 @@ class Loader:
             if len(samples) == n:
                 break
             assert self._heldout is not None
-            want = _Wanted(len(samples), self._heldout, i, view, with_caption=True)
-            samples += filter(None, self._read([want], reference))
+            want = Wanted(len(samples), self._heldout, i, view, first_caption)
+            samples += filter(None, self._reader.read([want], reference))
         if len(samples) < n:
             raise ValueError(
                 f"data.heldout {list(self._data.heldout)} has {len(samples)} readable captioned samples, "
@@ -243,84 +241,25 @@ class Loader:
 
     def _submit_next(
         self, pool: ThreadPoolExecutor, batches: Iterator[Sequence[int]]
-    ) -> tuple[list[Future[list[Sample]]], bool]:
-        """Futures of the next batch's samples, in parts, and whether more batches may follow.
+    ) -> tuple["_Ahead | None", bool]:
+        """The next batch in the making, and whether more batches may follow.
 
         What `batches` itself raises becomes a failed future: the batches before it are handed out first.
         """
         try:
             indices = next(batches, None)
+            if indices is None:
+                return None, False
+            if not len(indices):
+                raise ValueError("an empty batch of sample indices was given; a batch has at least one.")
+            whole = [int(index) for index in indices]
+            sizes = {self.size_px(index) for index in whole}
         except Exception as error:
             failed: Future[list[Sample]] = Future()
             failed.set_exception(error)
-            return [failed], False
-        if indices is None:
-            return [], False
-        if not len(indices):
-            failed = Future()
-            failed.set_exception(
-                ValueError("an empty batch of sample indices was given; a batch has at least one.")
-            )
-            return [failed], False
-        whole = [int(index) for index in indices]
-        parts = [whole] if self._decoder.whole_batches else [[index] for index in whole]
-        return [pool.submit(self.samples, part) for part in parts], True
-
-    def _read(self, wanted: Sequence[_Wanted], decoder: Decoder) -> list[Sample | None]:
-        """Samples, decoded together. None for an unreadable one, reported the first time."""
-        read = [self._files(want) for want in wanted]
-        files = [(found[1], want.view) for found, want in zip(read, wanted, strict=True) if found is not None]
-        images = iter(decoder.decode([data for data, _ in files], [view for _, view in files]))
-        samples: list[Sample | None] = []
-        for want, found in zip(wanted, read, strict=True):
-            if found is None:
-                samples.append(None)
-                continue
-            (ref, data, caption), image_CHW = found, next(images)
-            if not isinstance(image_CHW, Tensor):
-                self._reject(want, ref, image_CHW)
-                samples.append(None)
-                continue
-            # An index has the hash, and the bytes were held against it when they were read.
-            content_hash = ref.content_hash or cache_key(data)
-            samples.append(Sample(want.index, ref.key, content_hash, want.view, image_CHW, caption))
-        return samples
-
-    def _files(self, want: _Wanted) -> tuple[SampleRef, bytes, str | None] | None:
-        """A sample's image file and caption. None if it is unreadable, reported the first time."""
-        if (want.source, want.i) in self._unreadable:
-            return None
-        ref, limit = want.source[want.i], self._data.max_image_bytes
-        self._readings[threading.get_ident()] = Reading(ref.shard, ref.key, time.monotonic())
-        try:
-            if ref.image_size > limit:
-                raise BadSample(f"a file of {ref.image_size} bytes, more than the limit of {limit} bytes")
-            caption = self._caption(want, ref) if want.with_caption else None
-            return ref, want.source.read_image(ref), caption
-        except BadSample as error:
-            self._reject(want, ref, error)
-            return None
-        finally:
-            del self._readings[threading.get_ident()]
-
-    def _caption(self, want: _Wanted, ref: SampleRef) -> str | None:
-        """The caption used at this index.
-
-        Raises:
-            BadSample: there is none that can be used.
-        """
-        caption = want.source.read_caption(ref)
-        if caption is not None and self._tokenize is not None:
-            try:
-                with self._lock:  # tokenizers change settings of theirs in a call
-                    self._tokenize(caption)
-            except ValueError as error:
-                raise BadSample(f"the caption is not one for the MLLM: {error}") from error
-        return caption
-
-    def _reject(self, want: _Wanted, ref: SampleRef, error: BadSample) -> None:
-        with self._lock:
-            self._unreadable.add((want.source, want.i))
-            if (ref.shard, ref.key) not in self._reported:
-                self._reported.add((ref.shard, ref.key))
-                self._on_bad(BadSampleReport(ref.shard, ref.key, error.reason))
+            return _Ahead([failed]), False
+        if self._decoder.whole_batches or len(sizes) > 1:
+            return _Ahead([pool.submit(self.samples, whole)]), True
+        image_BCHW = torch.empty((len(whole), 3, *sizes.pop()), dtype=torch.uint8)
+        parts = [pool.submit(self.samples, [i], image_BCHW[b : b + 1]) for b, i in enumerate(whole)]
+        return _Ahead(parts, image_BCHW), True

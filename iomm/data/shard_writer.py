@@ -29,7 +29,7 @@ from iomm.data.indexer import merge_indexes
 from iomm.data.inspection import Inspected, Item, Limits, Rejected, inspect_all
 from iomm.data.sources import Source
 from iomm.data.stores import INDEX_SUFFIX
-from iomm.data.tar_members import SampleRef
+from iomm.data.tar_members import CAPTION_SUFFIX, CAPTIONS_SUFFIX, SampleRef
 
 STATE, QUARANTINE, SET_INDEX = "make.json", "quarantine.jsonl", "set.index"
 MAX_KEY = 64  # characters; a tar header holds 100 bytes of a name
@@ -158,7 +158,7 @@ class _Packer:
             self.now = replace(self.now, bad_captions=self.now.bad_captions + 1)
         self._tar.add(entry)
         self.now = replace(
-            self.now, images=self.now.images + 1, captions=self.now.captions + (entry.caption is not None)
+            self.now, images=self.now.images + 1, captions=self.now.captions + bool(entry.captions)
         )
         full = self._tar.size_bytes >= self._options.shard_bytes
         if full or len(self._tar.samples) >= self._options.shard_images:
@@ -219,10 +219,14 @@ class _ShardFile:
         key = next(k for k in itertools.chain([wanted], _numbered(wanted)) if k not in self._keys)
         self._keys.add(key)
         image = self._append(f"{key}.{found.suffix}", found.data)
-        text = None if found.caption is None else found.caption.encode("utf-8", "replace")
-        caption = (None, None) if text is None else self._append(f"{key}.txt", text)
+        caption, several = (None, None), len(found.captions) > 1
+        if several:
+            texts = json.dumps(found.captions, ensure_ascii=False)
+            caption = self._append(f"{key}.{CAPTIONS_SUFFIX}", texts.encode("utf-8", "replace"))
+        elif found.captions:
+            caption = self._append(f"{key}.{CAPTION_SUFFIX}", found.captions[0].encode("utf-8", "replace"))
         self.samples.append(
-            SampleRef(self._path, key, *image, *caption, found.content_hash, found.size_px, None)
+            SampleRef(self._path, key, *image, *caption, found.content_hash, found.size_px, None, several)
         )
 
     def _append(self, name: str, data: bytes) -> tuple[int, int]:

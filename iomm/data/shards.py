@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iomm.data import stores
+from iomm.data.captions import caption_text, json_captions
 from iomm.data.errors import BadSample
 from iomm.data.hashing import cache_key
 from iomm.data.index import Index
@@ -193,19 +194,24 @@ class ShardSet:
         return data
 
     def caption(self, i: int) -> str | None:
-        """The caption of sample `i` without surrounding white space; None if the sample has none.
+        """The first caption of sample `i` without surrounding white space; None if the sample has none.
 
         Raises:
-            BadSample: the caption is not UTF-8, or empty.
+            BadSample: the caption is not UTF-8, or empty; or several are no JSON list of texts.
             OSError: as for `image_bytes`.
         """
-        return self.read_caption(self[i])
+        return next(iter(self.read_captions(self[i])), None)
 
-    def read_caption(self, ref: SampleRef) -> str | None:
-        """`caption` of a sample that was looked up. Raises as that does."""
+    def read_captions(self, ref: SampleRef) -> tuple[str, ...]:
+        """All captions of a sample that was looked up, as `caption` gives the first.
+
+        Raises:
+            BadSample, OSError: as for `caption`.
+        """
         if ref.caption_offset is None or ref.caption_size is None:
-            return None
-        return caption_text(self._read(ref.shard, ref.caption_offset, ref.caption_size))
+            return ()
+        data = self._read(ref.shard, ref.caption_offset, ref.caption_size)
+        return json_captions(data) if ref.several_captions else (caption_text(data),)
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
         with self._lock:
@@ -225,23 +231,6 @@ def _columns(shard: _Scanned | _Indexed, *fields: str) -> NDArray[np.int32]:
             "Make the index: iomm shard index TAR..."
         )
     return shard.index.column(shard.k, fields, captioned=shard.captioned).astype(np.int32)
-
-
-def caption_text(data: bytes) -> str:
-    """The text of a caption file, without surrounding white space.
-
-    Raises:
-        BadSample: not UTF-8, or empty.
-    """
-    try:
-        text = data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample(
-            f"the caption is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
-    if not text:
-        raise BadSample("the caption is empty")
-    return text
 
 
 @lru_cache

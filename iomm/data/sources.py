@@ -5,6 +5,7 @@ as rejected, with a reason; nothing is read but names and headers (of Parquet: t
 """
 
 import itertools
+import json
 import os
 import tarfile
 import zlib
@@ -205,6 +206,9 @@ class ParquetSource:
             image = image.get("bytes")
         if not isinstance(image, bytes):
             return Rejected(name, "no image bytes in this row")
+        if isinstance(caption, list):  # of several captions
+            texts = [text if isinstance(text, str) else None for text in caption]
+            return Item(name, key, image, json.dumps(texts).encode(), self.caption_column)
         if isinstance(caption, str):
             caption = caption.encode("utf-8", "surrogatepass")
         return Item(name, key, image, caption if isinstance(caption, bytes) else None)

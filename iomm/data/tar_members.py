@@ -1,13 +1,13 @@
 """The headers of a tar shard, and the samples that they make up.
 
 A sample is every member of a shard that shares a key, the name up to its first dot: `1f600.webp` is the image
-of sample `1f600`, `1f600.txt` its caption. Other suffixes are left alone. Nothing is ever extracted, so a
-member's name never becomes a path of this machine.
+of sample `1f600`, `1f600.txt` its caption, or `1f600.json` several, as a list. Other suffixes are left alone.
+Nothing is ever extracted, so a member's name never becomes a path of this machine.
 """
 
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from iomm.data import stores
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIX = "txt"
+CAPTIONS_SUFFIX = "json"  # a list; JSON of any other kind is left alone
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # of one member with its long name and attributes, bytes
@@ -37,6 +38,8 @@ class SampleRef:
     content_hash: str | None = None  # `cache_key` of the image file
     size_px: tuple[int, int] | None = None  # width, height, upright; None too where the header is unreadable
     reason: str | None = None  # why the image cannot be used; None: it decodes
+    # From the member's name, with or without an index.
+    several_captions: bool = False  # the caption file is a JSON list of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ def scan(shard: str) -> list[SampleRef]:
     """
     images: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
+    lists: dict[str, tuple[int, int]] = {}
     last, seen, closed, second = "", set[str](), set[str](), list[str]()
     for name, offset, size in _plain_members(shard):
         base = name.removeprefix("./")
@@ -128,19 +132,27 @@ def scan(shard: str) -> list[SampleRef]:
                 second.append(base)
         elif suffix.lower() == CAPTION_SUFFIX:
             captions[key] = (offset, size)
+        elif suffix.lower() == CAPTIONS_SUFFIX:
+            lists[key] = (offset, size)
+    lists = {key: place for key, place in lists.items() if key not in captions and _is_list(shard, *place)}
     imageless = [key for key in (*closed, last) if key and key not in images]
-    if imageless:
-        _log.warning(
-            "%s: %d keys without an image left out, such as %r", shard, len(imageless), min(imageless)
-        )
-    if second:
-        _log.warning(
-            "%s: %d images left out, such as %r: their key has an image already",
-            shard,
-            len(second),
-            second[0],
-        )
-    return [SampleRef(shard, key, *place, *captions.get(key, (None, None))) for key, place in images.items()]
+    _say_left_out(shard, imageless, "keys without an image")
+    _say_left_out(shard, second, "images whose key has one already")
+    captions |= lists
+    return [
+        SampleRef(shard, key, *place, *captions.get(key, (None, None)), several_captions=key in lists)
+        for key, place in images.items()
+    ]
+
+
+def _say_left_out(shard: str, names: Sequence[str], what: str) -> None:
+    if names:
+        _log.warning("%s: %d %s left out, such as %r", shard, len(names), what, min(names))
+
+
+def _is_list(shard: str, offset: int, size: int) -> bool:
+    """Whether a JSON file begins as a list does."""
+    return stores.open_reader(shard).read(offset, min(size, 64)).lstrip()[:1] == b"["
 
 
 def _plain_members(shard: str) -> Iterator[tuple[str, int, int]]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from iomm.config import DataConfig
 from iomm.data.cache import cache_key
 from iomm.data.decode import decode_image
-from iomm.data.errors import BadSampleReport
+from iomm.data.decode_cpu import CpuDecoder
+from iomm.data.errors import BadSample, BadSampleReport
 from iomm.data.loader import Loader, Sample, global_batch_indices
 from iomm.data.mixture import draw
 from tests.data.conftest import KEYS, encode, loader, never, noise_image
@@ -111,6 +112,30 @@ def test_replacements_do_not_depend_on_what_was_asked_before(damaged):
     for index in range(14):
         fresh = loader(damaged, pairs=(), mix_ratio=1.0, on_bad=lambda _: None)
         assert_same_sample(used.sample(index), fresh.sample(index))
+
+
+class HalfBlind:
+    """A decoder that finds fault with what lies in the left half of some images."""
+
+    whole_batches = False
+
+    def decode(self, files, views, into=None):
+        decoded = CpuDecoder().decode(files, views)
+        bad = [view.crop[0] < 0.5 and sum(data) % 2 == 0 for data, view in zip(files, views, strict=True)]
+        return [BadSample("torn there") if b else image for b, image in zip(bad, decoded, strict=True)]
+
+
+def test_an_image_that_is_bad_in_one_view_only_is_used_in_the_others(write_shard, monkeypatch):
+    files = [encode(noise_image(seed, 8 + seed)) for seed in range(12)]
+    shard = write_shard("twelve.tar", [(f"{n:02}.png", data) for n, data in enumerate(files)])
+    monkeypatch.setattr("iomm.data.loader.open_decoder", lambda data: HalfBlind())
+    changes = {"pairs": (), "mix_ratio": 1.0, "crop": "random", "on_bad": lambda _: None}
+    used = loader(shard, **changes)
+    history = [used.sample(index) for index in range(48)]
+    for index in range(24, 48):
+        assert_same_sample(history[index], loader(shard, **changes).sample(index))
+    blind = {f"{n:02}" for n, data in enumerate(files) if sum(data) % 2 == 0}
+    assert blind & {sample.key for sample in history[24:]}
 
 
 def test_a_sample_with_a_bad_caption_is_no_pair_but_still_an_image(write_shard, png):

@@ -154,7 +154,7 @@ def test_json_that_holds_no_caption_is_no_bad_caption(tmp_path, png):
     make_shards([FolderSource(str(folder))], tmp_path / "out")
     reasons = quarantine(tmp_path / "out")
     assert set(reasons) == {"1.png", "2.png", "3.png", "old.tar"}
-    assert reasons["1.png"].endswith("the caption's JSON has no text in 'caption', but int")
+    assert reasons["1.png"].endswith("the caption's JSON in 'caption' holds no text but int")
     assert reasons["old.tar"] == "not looked into: name it as a source of its own"
     assert set(opened(tmp_path / "out")) == set("0123")
 

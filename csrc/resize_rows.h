@@ -16,8 +16,6 @@ enum { ROWS = 4, CHANNELS = 4, LANES = ROWS * CHANNELS, BLOCK = 4 * LANES };
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
-typedef float pixel __attribute__((vector_size(4 * CHANNELS)));
-typedef int32_t pixel_levels __attribute__((vector_size(4 * CHANNELS)));
 
 /* What each output pixel of an axis is made of: `taps` inputs from `first` on. */
 typedef struct {
@@ -132,16 +130,15 @@ static IOMM_INLINE void sum_columns(const Resize *resize, float *to, int taps) {
 
 /* Four rows of `resize->columns` pixels of four bytes, the last of no meaning, into the ring from row `place` on. */
 static IOMM_CLONES void resize_columns(const Resize *resize, uint8_t *const *rows, int place) {
-    const pixel_levels shift = {0, 8, 16, 24};
-    float *restrict four = resize->four;
+    const whole shift = {0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24};
     const uint8_t *const row[ROWS] = {rows[0], rows[1], rows[2], rows[3]};
-    for (int x = 0, columns = resize->columns; x < columns; x++)
-        for (int r = 0; r < ROWS; r++) {
-            int32_t stored;
-            memcpy(&stored, row[r] + CHANNELS * x, sizeof stored);
-            const pixel value = __builtin_convertvector((pixel_levels){stored, stored, stored, stored} >> shift & 255, pixel);
-            memcpy(four + LANES * x + CHANNELS * r, &value, sizeof value);
-        }
+    float *restrict four = resize->four;
+    for (int x = 0, columns = resize->columns; x < columns; x++) {
+        int32_t p[ROWS];
+        for (int r = 0; r < ROWS; r++) memcpy(p + r, row[r] + CHANNELS * x, sizeof *p);
+        const whole stored = {p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1], p[2], p[2], p[2], p[2], p[3], p[3], p[3], p[3]};
+        *(lanes *)(four + LANES * x) = __builtin_convertvector(stored >> shift & 255, lanes);
+    }
     float *to = resize->ring + place * resize->stride;
     switch (resize->x.taps) { /* up to a shrinkage by 2, beyond which the JPEG itself is decoded smaller */
         case 1: return sum_columns(resize, to, 1);

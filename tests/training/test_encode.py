@@ -1,10 +1,12 @@
 """The feature cache filled beforehand: what training then finds there, and that it changes nothing."""
 
 import dataclasses
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from iomm.cli import main
 from iomm.config import Config
@@ -106,6 +108,29 @@ def test_it_goes_on_where_it_was_stopped_and_with_an_index_reads_only_what_is_le
     assert encode_shards(config).encoded == 2 * SAMPLES - 2 * 16 == sum(encoded)
     monkeypatch.setattr(ShardSet, "read_image", None)  # nothing is left to read
     assert encode_shards(config).encoded == 0
+
+
+def test_with_buckets_flips_and_a_progression_the_views_of_the_final_size_are_there_and_others_are_added(
+    world: Path, tmp_path: Path, mesh: Mesh, encoded: list[int]
+):
+    def png(i: int) -> bytes:
+        file = io.BytesIO()
+        size = ((32, 32), (64, 16))[i % 2]
+        Image.new("RGB", size, (8 * i, 99, 255 - 8 * i)).save(file, "PNG")
+        return file.getvalue()
+
+    shard = str(write_shard(tmp_path / "shapes.tar", [(f"{i}.png", png(i)) for i in range(16)]))
+    index_shard(shard)
+    settings = {"data__images": [shard], "data__buckets": True, "data__flip": True}
+    assert encode_shards(cached(world, tmp_path, **settings)).encoded == 2 * 16
+    encoded.clear()
+    settings |= {"train__steps": 8, "data__heldout": []}
+    final = train(cached(world, tmp_path, "final", **settings))
+    assert len(losses(final.run_dir)) == 8
+    assert encoded == [1, 1]  # the count of FLOPs at each of the two sizes
+    encoded.clear()
+    train(cached(world, tmp_path, "growing", **settings, data__progression=[[0, 16], [2, 32]]))
+    assert 2 * 8 <= sum(encoded) <= 2 * 8 + 4  # two steps at the smaller size
 
 
 def test_several_ranks_share_the_work_and_one_rank_goes_on(

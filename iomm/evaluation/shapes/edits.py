@@ -271,7 +271,8 @@ def _draw_source(action: Action, rng: np.random.Generator) -> tuple[Scene, Edit]
     if action == "move":
         x, y = offset_shares(*(thing_box(thing) for thing in source.things[:2]))
         shares: dict[Relation, float] = {"left of": -x, "right of": x, "above": -y, "below": y}
-        relation = choose(rng, [relation for relation, share in shares.items() if share <= _MAX_ALREADY])
+        elsewhere: list[Relation] = [one for one, share in shares.items() if share <= _MAX_ALREADY]
+        relation = choose(rng, elsewhere)
         return source, Edit(action=action, subject=subject, relation=relation, other=shown[0])
     colour = choose(rng, colours[3:]) if action == "recolour" else None
     return source, Edit(action=action, subject=subject, colour=colour)

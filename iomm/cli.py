@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from iomm.data import shard_command
 from iomm.evaluation import status
+from iomm.evaluation.shapes import command as shapes_command
 from iomm.launch import slurm as launch_slurm
 from iomm.plan import command as plan_command
 from iomm_kernels import bench_cli
@@ -161,6 +162,16 @@ def _parser() -> argparse.ArgumentParser:
     launch_slurm.add_arguments(slurm)
 
     shard_command.add_arguments(add("shard", _shard, shard_command.DESCRIPTION))
+
+    shapes_command.add_arguments(add("shapes", shapes_command.run, shapes_command.DESCRIPTION))
+    text = "benchmarks of a checkpoint's pictures"
+    evaluate = commands.add_parser("evaluate", help=text, description=text)
+    evaluations = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
+    text = shapes_command.EVALUATE
+    shapes = evaluations.add_parser("shapes", help=text, description=text)
+    shapes.set_defaults(command=_evaluate_shapes)
+    _checkpoint_arguments(shapes)
+    shapes_command.add_evaluate_arguments(shapes)
 
     status.add_arguments(add("status", status.run, status.DESCRIPTION))
 
@@ -365,6 +376,16 @@ def _shard(arguments: argparse.Namespace) -> int:
     from iomm.training.encode import run
 
     return run(load_config(arguments.config).override(arguments.set))
+
+
+def _evaluate_shapes(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.generator import open_generator
+    from iomm.checkpoint.sharded import find, read_info
+
+    config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
+    step = read_info(find(arguments.checkpoint)).step
+    about = {"run": config.name, "step": step, "ema": not arguments.raw}
+    return shapes_command.evaluate(arguments, system, encoders, about)
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> int:

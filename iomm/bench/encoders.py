@@ -39,7 +39,8 @@ def bench_encoders(config: Config, repeats: int) -> str | None:
     train = config.train
     sizes = (train.global_batch_images, train.micro_batch_images, mesh.dp_rank, mesh.dp_size)
     indices = global_batch_indices(0, *sizes)
-    batches = dict(enumerate(Loader(config.data, train.seed, on_bad=_refuse).stream(indices)))
+    loader = Loader.of_run(config, on_bad=_refuse, token_px=encoders.shapes.token_px)
+    batches = dict(enumerate(loader.stream(indices)))
     sizes_px = [batch.size_px for batch in batches.values()]
     works = {}
     for mode in MODES:

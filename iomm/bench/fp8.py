@@ -36,7 +36,8 @@ def bench_fp8(config: Config) -> str:
         raise ValueError(f"iomm bench fp8 runs on one rank, not {mesh.world_size}. Run it without torchrun.")
     encoders = Encoders(config, mesh.device)
     runs = {recipe: _Run(config, recipe, encoders, mesh) for recipe in RECIPES}
-    train, loader = config.train, Loader(config.data, config.train.seed, on_bad=_refuse)
+    train = config.train
+    loader = Loader.of_run(config, on_bad=_refuse, token_px=encoders.shapes.token_px)
     for step in range(train.steps):
         indices = global_batch_indices(step, train.global_batch_images, train.micro_batch_images, 0, 1)
         sizes_px = [loader.size_px(samples[0]) for samples in indices]

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from iomm.config import DataConfig
+from iomm.config import Config, DataConfig
 from iomm.data.batch import Batch, Sample, global_batch_indices
 from iomm.data.decode import PillowDecoder
 from iomm.data.decoder import open_decoder
@@ -84,6 +85,26 @@ class Loader:
         self._heldout = ShardSet.open(data.heldout, captioned_only=True) if data.heldout else None
         self._schedule = Schedule(
             data, seed, self._sources, global_batch_images=global_batch_images, token_px=token_px
+        )
+
+    @classmethod
+    def of_run(
+        cls,
+        config: Config,
+        *,
+        on_bad: Callable[[BadSampleReport], None],
+        token_px: int,
+        tokenize: Callable[[str], object] | None = None,
+    ) -> Self:
+        """The loader that a training run has. Arguments and errors as the constructor's."""
+        train = config.train
+        return cls(
+            config.data,
+            train.seed,
+            on_bad=on_bad,
+            global_batch_images=train.global_batch_images,
+            token_px=token_px,
+            tokenize=tokenize,
         )
 
     @property

@@ -105,13 +105,9 @@ def train(config: Config) -> Outcome:
     resumed = resume(checkpoints, engine, config, mesh)
     with contextlib.ExitStack() as stack:
         bad_samples: deque[BadSampleReport] = deque()
-        loader = Loader(
-            config.data,
-            config.train.seed,
-            on_bad=bad_samples.append,
-            global_batch_images=config.train.global_batch_images,
-            token_px=shapes.token_px,
-            tokenize=encoders.mllm.tokenize if encoders is not None else None,
+        tokenize = encoders.mllm.tokenize if encoders is not None else None
+        loader = Loader.of_run(
+            config, on_bad=bad_samples.append, token_px=shapes.token_px, tokenize=tokenize
         )
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         system.check_sizes(loader.sizes_px)
@@ -177,9 +173,10 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
             result = t.engine.step(inputs.forward, micro_batches, before)
         watch.step(flops(batch.sizes_px) if flops else None)
         with phase("log"):
-            _quarantine(t, step)
-            _check_finite(t, step, result, batch)
             logged = step == settings.steps or step % settings.log_every_steps == 0
+            if logged or result.skipped:
+                _quarantine(t, step)
+            _check_finite(t, step, result, batch)
             throughput = watch.read(settings.global_batch_images) if logged else None
             if throughput is not None:
                 _log(t, step, result, throughput)
@@ -279,10 +276,13 @@ def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
 
 
 def _quarantine(t: Trainer, step: int) -> None:
-    while t.bad_samples:
-        report = t.bad_samples.popleft()
+    """List the samples that any rank found unusable since the last time; all ranks call."""
+    mine = [t.bad_samples.popleft() for _ in range(len(t.bad_samples))]
+    found = [report for reports in t.mesh.gather_objects(mine) for report in reports]
+    for report in dict.fromkeys(found):  # ranks of one model-parallel group may have read the same
         t.run.bad_sample(report)
-        t.run.event(step, "bad_sample", str(report))
+        if t.run.writes or report in mine:
+            t.run.event(step, "bad_sample", str(report))
     while t.stalls:
         t.run.event(step, "loader_stall", t.stalls.popleft())
 

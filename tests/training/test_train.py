@@ -193,6 +193,24 @@ def test_an_unreadable_image_is_replaced_counted_and_named(world, tmp_path):
     assert sorted(losses(config.run_dir)) == list(range(1, 13))
 
 
+def test_the_bad_samples_of_all_ranks_are_listed_each_once(monkeypatch):
+    mine, other = (BadSampleReport("a.tar", key, "torn") for key in ("mine", "other"))
+    listed, told = [], []
+    for rank in (0, 1):
+        trainer: Any = SimpleNamespace(
+            mesh=SimpleNamespace(gather_objects=lambda own: [own, [other, mine], []]),
+            run=SimpleNamespace(
+                writes=rank == 0, bad_sample=listed.append, event=lambda *event: told.append(event)
+            ),
+            bad_samples=deque([mine]),
+            stalls=deque(),
+        )
+        loop._quarantine(trainer, 7)
+        assert not trainer.bad_samples
+    assert listed == [mine, other] * 2
+    assert told == [(7, "bad_sample", str(report)) for report in (mine, other, mine)]
+
+
 def test_a_full_disk_while_saving_lets_the_run_go_on_and_keeps_the_last_good_checkpoint(
     world, tmp_path, monkeypatch
 ):

@@ -162,14 +162,14 @@ class Dealing:
         bucket_P = np.repeat(np.arange(len(blocks)), blocks)
         nth_P = np.concatenate([np.arange(count) for count in blocks])
         order_P = np.argsort((nth_P + 0.5) / np.repeat(blocks, blocks), kind="stable")
-        self._blocks = blocks
+        self.blocks = blocks  # of each bucket in a period
         self._bucket_P, self._nth_P = bucket_P[order_P], nth_P[order_P]
 
     def at(self, block: int) -> tuple[int, int]:
         """The bucket of a block, and how many blocks of that bucket came before it."""
         period, slot = divmod(block, len(self._bucket_P))
         bucket = int(self._bucket_P[slot])
-        return bucket, period * self._blocks[bucket] + int(self._nth_P[slot])
+        return bucket, period * self.blocks[bucket] + int(self._nth_P[slot])
 
 
 def period_blocks(mix_ratio: float) -> int:

@@ -130,8 +130,10 @@ class Schedule:
 
     @property
     def sizes_px(self) -> list[Size]:
-        """Every (height, width) that some index may have, each once."""
-        return list(dict.fromkeys(size for sizes in self._sizes for size in sizes))
+        """Every (height, width) that some index has, each once."""
+        dealt = self._dealing.blocks if self._block_images is not None else [1]
+        used = [size for sizes in self._sizes for size, blocks in zip(sizes, dealt, strict=True) if blocks]
+        return list(dict.fromkeys(used))
 
     def view(self, index: int) -> View:
         """What is shown of the image at a global index, whichever it is."""

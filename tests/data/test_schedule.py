@@ -86,6 +86,12 @@ def test_all_images_of_a_block_have_one_size_and_blocks_are_dealt_in_proportion(
     assert Counter(size.pop() for size in sizes) == {(64, 64): 600, (32, 128): 200, (128, 32): 200}
 
 
+def test_the_sizes_to_come_are_those_of_buckets_that_have_images():
+    assert schedule(Sizes(60)).sizes_px == [(64, 64)]
+    found = schedule(Sizes(60, 20), buckets=True, progression=((0, 32), (5, 64)))
+    assert sorted(found.sizes_px) == [(16, 64), (32, 32), (32, 128), (64, 64)]
+
+
 def test_the_share_of_pairs_is_exact_though_buckets_have_none():
     found = schedule(Sizes(600, 200, 200), Sizes(500), buckets=True)
     kinds = Counter(found.slot(i).kind for i in range(8 * 4096))

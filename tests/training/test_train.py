@@ -4,13 +4,17 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from iomm.checkpoint import sharded
 from iomm.checkpoint.generator import open_generator
+from iomm.data.errors import BadSampleReport
 from iomm.presets import b, large, xl
 from iomm.system import System
 from iomm.training import train as loop

@@ -102,12 +102,23 @@ def _decode_rows(data: bytes, header: Header, view: View, into: Tensor | None) -
     Raises:
         BadSample: damaged, truncated, or libjpeg-turbo warned about it.
     """
+    cut = part_of(header, view)
+    shape = (3, cut.out_height, cut.out_width)
+    there = into is not None and not header.sideways and into.shape == shape
+    image_CHW = into if into is not None and there else torch.empty(shape, dtype=torch.uint8)
+    if reason := jpeg.view(data, cut, image_CHW.numpy()):
+        raise BadSample(f"cannot be decoded: {reason}")
+    return image_CHW.transpose(1, 2).contiguous() if header.sideways else image_CHW
+
+
+def part_of(header: Header, view: View) -> jpeg.Cut:
+    """What of a stored JPEG a view is made of; one that lies sideways is to be turned after that."""
     factor, box, (height, width) = crop_and_size(header, view)
     up, across = (axis in header.mirrored_axes for axis in (0, 1))
     across ^= view.flip
     # Rows and columns of a picture that lies sideways change places last.
     mirrored, upside_down = (up, across) if header.sideways else (across, up)
-    cut = jpeg.Cut(
+    return jpeg.Cut(
         width=header.width_px,
         height=header.height_px,
         reduce=factor,
@@ -120,11 +131,6 @@ def _decode_rows(data: bytes, header: Header, view: View, into: Tensor | None) -
         mirrored=mirrored,
         upside_down=upside_down,
     )
-    there = into is not None and not header.sideways and into.shape == (3, height, width)
-    image_CHW = into if into is not None and there else torch.empty((3, height, width), dtype=torch.uint8)
-    if reason := jpeg.view(data, cut, image_CHW.numpy()):
-        raise BadSample(f"cannot be decoded: {reason}")
-    return image_CHW.transpose(1, 2).contiguous() if header.sideways else image_CHW
 
 
 def _decode_whole(data: bytes, header: Header, view: View, _into: Tensor | None) -> Tensor:

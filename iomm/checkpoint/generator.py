@@ -24,7 +24,9 @@ def open_generator(path: Path, *, ema: bool) -> tuple[Config, Encoders, System]:
     config = Config.from_dict(read_info(checkpoint).config)
     # Whole, in this process and in the compute precision, whatever the layout that it was trained in.
     parallel = ParallelConfig(backend=config.parallel.backend)
-    config = replace(config, parallel=parallel, fp8=Fp8Config())
+    # Without the run's feature cache, which may be on another machine: no picture is in it.
+    data = replace(config.data, cache_dir=None)
+    config = replace(config, parallel=parallel, fp8=Fp8Config(), data=data)
     mesh = start(config.parallel)
     encoders = Encoders(config, mesh.device)
     system = build(config, encoders.shapes, mesh).eval().requires_grad_(False)

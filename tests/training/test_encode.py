@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from iomm.checkpoint.generator import open_generator
 from iomm.cli import main
 from iomm.config import Config
 from iomm.data.cache import FeatureCache
@@ -62,6 +63,8 @@ def test_training_on_what_was_encoded_beforehand_encodes_nothing_and_gives_the_s
     assert losses(config.run_dir) == pytest.approx(losses(plain.run_dir), rel=1e-4)
     assert sum(encoded) == 8 + 1  # the held-out images, and the count of FLOPs
     assert parts(tmp_path).items() >= before.items()
+    _, opened, _ = open_generator(config.run_dir, ema=True)
+    assert not opened.caches  # a generator needs none, and may be on another machine
 
 
 def test_a_cache_in_bf16_is_half_as_large_and_hardly_changes_the_curve(

@@ -51,7 +51,7 @@ def find_straggler(
         hosts: the ranks' machines.
     """
     works = [own_work(of_rank) for of_rank in seconds]
-    totals = [1000 * sum(work.values()) / steps for work in works]
+    totals = [round(1000 * sum(work.values()) / steps, 3) for work in works]
     slowest = max(range(len(totals)), key=totals.__getitem__)
     median = statistics.median_low(totals)
     if totals[slowest] < max(SLOW_RATIO * median, median + SLOW_MS):

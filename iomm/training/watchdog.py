@@ -28,6 +28,9 @@ from iomm.data.loader import Reading
 from iomm.training.phases import Phases
 
 HUNG_EXIT = 86
+# Where torch's collectives are, and what stands between them and who calls.
+_DISTRIBUTED = "torch/distributed/distributed_c10d.py"
+_WRAPPERS = ("torch/distributed/c10d_logger.py", "/contextlib.py")
 _log = logging.getLogger(__name__)
 
 
@@ -125,7 +128,6 @@ class Watchdog:
             self._file.write(f"-- thread {name}\n{''.join(traceback.format_list(frames))}")
         self._file.write(_nccl_trace())
         self._file.flush()
-        _log.error("%s", reason)
         sys.stderr.write(f"iomm: {reason}; ends with status {HUNG_EXIT}\n")
         sys.stderr.flush()
         try:
@@ -145,9 +147,14 @@ class Watchdog:
 
 
 def collective(frames: traceback.StackSummary) -> str | None:
-    """The name of the torch.distributed call that a stack stands in, the innermost; None if in none."""
-    names = [f.name for f in frames if f.filename.endswith("torch/distributed/distributed_c10d.py")]
-    return next((name for name in reversed(names) if not name.startswith("_") and name != "wrapper"), None)
+    """The torch.distributed call that a stack stands in, the innermost, and who made it; None if in none."""
+    inside = [f.filename.endswith(_DISTRIBUTED) for f in frames]
+    names = [f.name for f, is_inside in zip(frames, inside, strict=True) if is_inside]
+    if not names:
+        return None
+    name = next((name for name in reversed(names) if not name.startswith("_")), names[-1].strip("_"))
+    callers = [f.name for f in frames[: inside.index(True)] if not f.filename.endswith(_WRAPPERS)]
+    return f"{name} called by {callers[-1]}" if callers else name
 
 
 def _stacks() -> list[tuple[str, traceback.StackSummary]]:

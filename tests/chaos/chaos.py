@@ -79,6 +79,8 @@ def chaos(arguments: argparse.Namespace, folder: Path) -> int:
     launches = launch(troubled, plan, folder / "troubled_launch")
     records = happened(folder / "troubled_launch")
     differences = compare(straight.run_dir, troubled.run_dir)
+    if len(records) != len(plan):
+        differences.append(f"{len(records)} of {len(plan)} faults happened")
     say(summary(plan, records, launches, troubled.run_dir, time.monotonic() - began))
     for difference in differences:
         say(f"DIFFERENT: {difference}")
@@ -101,7 +103,7 @@ def run_config(world: Path, folder: Path, name: str, steps: int) -> Config:
         "train__eval_every_steps": 12,
         "train__sample_every_steps": 1000,
         "train__straggler_every_steps": 5,
-        "train__hang_timeout_s": 10.0,
+        "train__hang_timeout_s": 6.0,
         "data__mix_ratio": 0.5,
         "data__cache_dir": str(folder / f"{name}_cache"),
     }

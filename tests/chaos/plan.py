@@ -9,7 +9,9 @@ from typing import Literal
 
 Kind = Literal["kill", "hang", "ghost"]
 TIMED = ("start", "batch", "encode", "step", "log", "evaluate")  # phases that are cut at a moment of time
-SAVE_OPERATIONS = 24  # file operations of a save: a kill stands before one of these
+# File operations of a save, by rank: a kill stands before one of these. Rank 0 makes, publishes and prunes
+# folders, the others make a folder and open their file.
+SAVE_OPERATIONS = (18, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Fault:
     @property
     def operation(self) -> int:
         """Number of the file operation before which a save is cut."""
-        return 1 + int(self.moment * SAVE_OPERATIONS)
+        return 1 + int(self.moment * SAVE_OPERATIONS[min(self.rank, 1)])
 
 
 def make_plan(

@@ -31,9 +31,11 @@ class Misfortune:
     """Waits for the fault's moment, in this rank."""
 
     def __init__(self, fault: Fault, run_dir: Path, folder: Path) -> None:
-        self.fault, self.run_dir, self.folder = fault, str(run_dir), folder
+        self.fault, self.folder = fault, folder
+        self.checkpoints = str(run_dir / "checkpoints")
         self.step, self.operations = 0, 0
         self.saving = self.over = False
+        self._once = threading.Lock()
 
     def prepare(self) -> None:
         """Be told of the phases and of what is done to files."""
@@ -66,18 +68,20 @@ class Misfortune:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.saving or event not in FILE_OPERATIONS or self.over:
             return
-        if str(arguments[0]).startswith(self.run_dir):
+        if str(arguments[0]).startswith(self.checkpoints):
             self.operations += 1
             if self.operations == self.fault.operation:
-                self._strike(f"{event} {Path(str(arguments[0])).name}")
+                self.strike(f"{event} {Path(str(arguments[0])).name}")
 
     def _strike_later(self) -> None:
         self.over = True
-        timer = threading.Timer(self.fault.moment * USUAL_S[self.fault.phase], self._strike)
+        timer = threading.Timer(self.fault.moment * USUAL_S[self.fault.phase], self.strike)
         timer.daemon = True
         timer.start()
 
-    def _strike(self, at: str = "") -> None:
+    def strike(self, at: str = "") -> None:
+        """It happens now, and once."""
+        self._once.acquire()
         self.over = True
         self._tell(at)
         number = signal.SIGKILL if self.fault.kind == "kill" else signal.SIGSTOP
@@ -102,9 +106,13 @@ def work(config_file: Path, plan_file: Path, folder: Path) -> int:
     faults, number = read_plan(plan_file), len(happened(folder))
     config = Config.from_dict(json.loads(config_file.read_text()))
     config = config.override([f"train.async_save={json.dumps(number % 2 == 1)}"])
+    misfortune = None
     if number < len(faults) and faults[number].rank == int(os.environ["RANK"]):
-        Misfortune(faults[number], config.run_dir, folder).prepare()
+        misfortune = Misfortune(faults[number], config.run_dir, folder)
+        misfortune.prepare()
     train(config)
+    if misfortune is not None:  # the run was quicker than its moment
+        misfortune.strike("after its end")
     return 0
 
 

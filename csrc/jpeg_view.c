@@ -105,7 +105,7 @@ EXPORT int iomm_jpeg_view(const uint8_t *data, size_t size, const Cut *cut, uint
     Errors errors = {.reason = reason};
     Resize resize;
     const size_t width = ((size_t)cut->width + (size_t)cut->reduce - 1) / (size_t)cut->reduce;
-    uint8_t *const rows = malloc(CHANNELS * (width * ROWS + 3));
+    uint8_t *const rows = malloc(CHANNELS * width * ROWS);
     if (!rows || !start_resize(&resize, cut->columns, cut->rows, cut->out_width, cut->out_height, cut->mirrored,
                                cut->upside_down)) {
         free(rows);

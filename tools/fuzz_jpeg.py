@@ -2,10 +2,10 @@
 
     python -m tools.fuzz_jpeg [--inputs 20000] [--seed 0]
 
-Every input is a small JPEG of some kind, most with a few bytes flipped, cut out, put in or copied; its part and
-size come from its damaged header, as in training, or from the sound one where that is unreadable. Judged are
-csrc/jpeg_view.c and csrc/resize_rows.h: the system's libjpeg-turbo has no sanitizers built in. The exit status
-is 1 after a crash, a sanitizer's finding or an input without an answer.
+Every input is a small JPEG of some kind, most with a few bytes flipped, cut out, put in or copied; its part
+and size come from its damaged header, as in training, or from the sound one where that is unreadable. Judged
+are csrc/jpeg_view.c and csrc/resize_rows.h: the system's libjpeg-turbo has no sanitizers built in. The exit
+status is 1 after a crash, a sanitizer's finding or an input without an answer.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _SEED_SIDES = ((8, 8), (17, 5), (40, 33), (3, 70), (97, 64))
 
 def main() -> int:
     """Run the inputs; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 PY ?= .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup kernels kernels-gate demo test test-parallel chaos lint smoke recipes bench clean
+.PHONY: help setup kernels kernels-gate demo test test-parallel chaos fuzz-data lint smoke recipes bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,6 +29,9 @@ test-parallel: setup  ## every layout on 1, 2 and 4 processes against one, check
 
 chaos: setup  ## 100 kills of random ranks at random moments: the run must not differ from an undisturbed one
 	@PYTHONPATH=.:kernels $(PY) -m tests.chaos.chaos $(ARGS)
+
+fuzz-data: setup  ## 10,000 damaged inputs through iomm shard and the loader: each one accounted for (about 15 minutes)
+	@PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(PY) -m tools.fuzz_data $(ARGS)
 
 lint: setup  ## ruff, basedpyright, import-linter
 	@$(PY) -m ruff check .

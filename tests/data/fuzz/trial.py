@@ -171,7 +171,7 @@ def _command(*arguments: str | Path, names: Sequence[Path]) -> tuple[str, str]:
 
 
 def _names(message: str, paths: Sequence[Path]) -> bool:
-    return any(str(path) in message or repr(str(path))[1:-1] in message for path in paths)
+    return any(path.name in message or repr(path.name)[1:-1] in message for path in paths)
 
 
 def _make(case: Case, output: Path) -> Found:

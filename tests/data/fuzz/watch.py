@@ -114,7 +114,7 @@ def _serve(pipe: Connection, seed: int, decode: str, folder: str, errors: str) -
     faulthandler.enable(said)
     warnings.simplefilter("ignore")
     _share_decoder(decode)
-    for number in range(40):  # imports, caches, and DALI's pipeline: not the inputs' memory
+    for number in range(20):  # imports, caches, and DALI's pipeline: not the inputs' memory
         _run(seed, number, decode, folder, 0)
     base = _status("VmRSS")
     limit = _status("VmSize") + MEMORY_BYTES

@@ -18,12 +18,13 @@ STAND_INS = {
         printf '%s\n' "$@" >srun.told
         if [ -n "${WAITS:-}" ]; then
             kill -USR1 $PPID
-            for _ in {1..100}; do [ -e scancel.told ] || sleep 0.05; done
+            for _ in {1..100}; do [ -e scancel.told ] || command -p sleep 0.05; done
         fi
         [ -z "${LEAVES:-}" ] || echo "$LEAVES" >"$IOMM_REQUEUE_FILE"
         exit "${STATUS:-0}"
     """,
     "scancel": 'echo "$@" >>scancel.told',
+    "sleep": 'echo "$@" >>sleep.told',
     "scontrol": r"""
         echo "$@" >>scontrol.told
         case "$*" in
@@ -137,6 +138,7 @@ def test_a_job_goes_back_into_the_queue_if_another_life_would_get_further(
     done = run(folder, "train.sbatch", "a.py", **environment)
     assert done.returncode == status, done.stderr
     assert ("requeue 41" in told(folder, "scontrol")) == requeues
+    assert told(folder, "sleep") == (["900"] if "SILENT" in environment else [])  # for SLURM to notice
     assert not list(folder.glob("*.requeue"))
 
 

@@ -106,9 +106,7 @@ def train(config: Config) -> Outcome:
     with contextlib.ExitStack() as stack:
         bad_samples: deque[BadSampleReport] = deque()
         tokenize = encoders.mllm.tokenize if encoders is not None else None
-        loader = Loader.of_run(
-            config, on_bad=bad_samples.append, token_px=shapes.token_px, tokenize=tokenize
-        )
+        loader = Loader.of_run(config, on_bad=bad_samples.append, token_px=shapes.token_px, tokenize=tokenize)
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         system.check_sizes(loader.sizes_px)
         stack.enter_context(figures)

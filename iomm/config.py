@@ -18,6 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+# What an image may hold, where nothing else is said: training and `iomm shard` refuse the same files.
+MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_BYTES = 256 * 2**20
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -205,8 +209,8 @@ class DataConfig:
     # cpu: libjpeg-turbo, for other formats Pillow; dali: NVIDIA DALI, on the GPU where there is one; auto:
     # DALI where there are both it and a GPU. Held-out images are always decoded by the reference, Pillow.
     decode: Literal["auto", "cpu", "dali"] = "auto"
-    max_image_pixels: int = 100_000_000  # an image with more by its header is a bad sample
-    max_image_bytes: int = 256 * 2**20  # so is a larger file
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # an image with more by its header is a bad sample
+    max_image_bytes: int = MAX_IMAGE_BYTES  # so is a larger file
     decode_threads: int = 4
     prefetch_batches: int = 2
 
@@ -233,7 +237,6 @@ class DataConfig:
             "data.crop=random shows another part of an image each time, so a feature cache would grow with "
             "every step and never be read. Set data.cache_dir=null, or data.crop=center.",
         )
-
 
     def _check_order(self) -> None:
         for name in ("shuffle_block_images", "bucket_block_images"):

@@ -13,14 +13,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from iomm.data.decode_header import MAX_PIXELS, check_pixels, open_image
+from iomm.config import MAX_IMAGE_PIXELS
+from iomm.data.decode_header import check_pixels, open_image
 from iomm.data.errors import BadSample
 from iomm.data.view import View
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
-def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     """The centre square of a JPEG, PNG or WebP file, as `decode_view` makes it.
 
     Returns:
@@ -32,7 +33,7 @@ def decode_image(data: bytes, side_px: int, *, max_pixels: int = MAX_PIXELS) -> 
     return decode_view(data, View(side_px, side_px), max_pixels=max_pixels)
 
 
-def decode_view(data: bytes, view: View, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_view(data: bytes, view: View, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     """A view of a JPEG, PNG or WebP file, upright, on white, resized with antialiasing (bicubic).
 
     An image that already has the view's size keeps its decoded pixels. Of an animation the first frame is
@@ -76,7 +77,7 @@ class PillowDecoder:
 
     whole_batches = False
 
-    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         self._max_pixels = max_pixels
 
     def decode(

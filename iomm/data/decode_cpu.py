@@ -20,8 +20,9 @@ import torch
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from iomm.config import MAX_IMAGE_PIXELS
 from iomm.data.decode import decode_view
-from iomm.data.decode_header import MAX_PIXELS, Header, probe
+from iomm.data.decode_header import Header, probe
 from iomm.data.errors import BadSample
 from iomm.data.view import Box, View, reduce
 from iomm_kernels import jpeg
@@ -40,7 +41,9 @@ class CpuDecoder:
 
     whole_batches = False
 
-    def __init__(self, max_pixels: int = MAX_PIXELS, *, way: Literal["rows", "whole"] | None = None) -> None:
+    def __init__(
+        self, max_pixels: int = MAX_IMAGE_PIXELS, *, way: Literal["rows", "whole"] | None = None
+    ) -> None:
         """
         Args:
             max_pixels: an image with more is refused by its header.

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iomm.config import MAX_IMAGE_PIXELS
 from iomm.data.decode_cpu import CpuDecoder, crop_and_size, is_plain_jpeg, planes
-from iomm.data.decode_header import MAX_PIXELS, Header, probe
+from iomm.data.decode_header import Header, probe
 from iomm.data.errors import BadSample
 from iomm.data.view import View
 
@@ -36,7 +37,7 @@ class DaliDecoder:
 
     whole_batches = True
 
-    def __init__(self, device_id: int | None, *, threads: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, device_id: int | None, *, threads: int, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         """Start nothing yet: the pipeline is built by the first call, for its number of files.
 
         Args:

@@ -18,11 +18,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from iomm.config import MAX_IMAGE_PIXELS
 from iomm.data.errors import BadSample
 from iomm.data.view import Box
 
 Format = Literal["jpeg", "png", "webp"]
-MAX_PIXELS = 100_000_000
 _MAX_SCANS = 100  # of a JPEG; encoders write about ten
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF tag
@@ -74,7 +74,7 @@ class Header:
         return np.flip(stored_HWC.swapaxes(0, 1) if self.sideways else stored_HWC, self.mirrored_axes)
 
 
-def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
+def probe(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
     """Read an image file's header.
 
     Args:

@@ -12,10 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 
+from iomm.config import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from iomm.data import stores
 from iomm.data.captions import caption_text, json_captions
 from iomm.data.decode_cpu import CpuDecoder
-from iomm.data.decode_header import MAX_PIXELS, probe
+from iomm.data.decode_header import probe
 from iomm.data.errors import BadSample
 from iomm.data.hashing import cache_key
 from iomm.data.tar_members import SampleRef
@@ -30,8 +31,8 @@ _AHEAD = 3  # batches a process
 class Limits:
     """What is refused before it costs memory or time."""
 
-    max_pixels: int = MAX_PIXELS
-    max_image_bytes: int = 100_000_000
+    max_pixels: int = MAX_IMAGE_PIXELS
+    max_image_bytes: int = MAX_IMAGE_BYTES
     max_caption_bytes: int = 65_536
     max_members: int = 2_000_000  # of one tar
 

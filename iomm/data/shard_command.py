@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iomm.config import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+
 if TYPE_CHECKING:
     from iomm.data.inspection import Limits
 
@@ -48,8 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     for sub in (make, index, check):
         sub.add_argument("--processes", type=int, default=cores, help=f"(default: all cores, {cores})")
-        sub.add_argument("--max-pixels", type=int, help="of an image (default 1e8)")
-        sub.add_argument("--max-image-bytes", type=int, default=100_000_000, help="(default 1e8)")
+        limits = {"--max-pixels": MAX_IMAGE_PIXELS, "--max-image-bytes": MAX_IMAGE_BYTES}
+        for name, limit in limits.items():
+            sub.add_argument(
+                name, type=int, default=limit, help=f"of an image (default {limit:,}, as in training)"
+            )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,11 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: as in `make_shards`, `index_shard`, `merge_indexes`.
     """
-    from iomm.data.decode_header import MAX_PIXELS
     from iomm.data.inspection import Limits
 
-    pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
-    limits = Limits(max_pixels=pixels, max_image_bytes=arguments.max_image_bytes)
+    limits = Limits(max_pixels=arguments.max_pixels, max_image_bytes=arguments.max_image_bytes)
     command = {"make": _make, "index": _index, "check": _check}[arguments.what]
     return command(arguments, limits)
 

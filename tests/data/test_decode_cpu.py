@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from iomm.config import MAX_IMAGE_PIXELS
 from iomm.data import decode_header
 from iomm.data.decode import PillowDecoder, decode_image, decode_view
 from iomm.data.decode_cpu import CpuDecoder
-from iomm.data.decode_header import MAX_PIXELS, probe
+from iomm.data.decode_header import probe
 from iomm.data.errors import BadSample
 from iomm.data.view import Box, View, reduce
 from tests.data.conftest import encode, noise_image, psnr_db, scene
@@ -22,7 +23,7 @@ Decode = Callable[..., torch.Tensor]
 def cpu(request: pytest.FixtureRequest) -> CpuDecoder:
     if request.param == "rows":
         request.getfixturevalue("compiled_jpeg")
-    return CpuDecoder(way=request.param, max_pixels=MAX_PIXELS)
+    return CpuDecoder(way=request.param, max_pixels=MAX_IMAGE_PIXELS)
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
-"""Going on from the newest checkpoint that can be read.
+"""Going on from the newest checkpoint that can be read; and saying so when another rank is gone.
 
 A crash may leave the newest one with holes (a disk that lost what it had confirmed), a person may have
 removed a file. Such a checkpoint is set aside, said, and the one before it is taken. A run that has
 checkpoints and can read none of them stops: it never starts over by itself.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from iomm.checkpoint import sharded
 from iomm.checkpoint.folder import DamagedCheckpoint, latest, set_aside
@@ -14,6 +18,11 @@ from iomm.checkpoint.ranks import on_rank_0
 from iomm.config import Config
 from iomm.parallel.engine import Engine
 from iomm.parallel.mesh import Mesh
+from iomm.training.phases import Phases
+
+
+class RankLost(RuntimeError):
+    """Another rank, or the way to it, is gone. The fault is there, not here."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +63,18 @@ def resume(checkpoints: Path, engine: Engine, config: Config, mesh: Mesh) -> Res
             "restored its old name, or start again under another name."
         )
     return Resumed(None, 0, ())
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(mesh: Mesh, phases: Phases) -> Iterator[None]:
+    """Errors of the network, which torch raises where a rank is gone, become `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        raise RankLost(
+            f"rank {mesh.rank} lost another rank in step {phases.step}: {str(error).partition('. ')[0]}. "
+            "What ended that one is in its log, or its machine is gone. The launcher starts all ranks again, "
+            "from the last checkpoint; without one, do it by hand."
+        ) from error

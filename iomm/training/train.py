@@ -27,7 +27,7 @@ from iomm.training.profiler import ProfileWindow
 from iomm.training.progress import TrainingProgress
 from iomm.training.prometheus import PrometheusFile
 from iomm.training.ranklog import log_path
-from iomm.training.recovery import newest, resume
+from iomm.training.recovery import naming_lost_ranks, newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
@@ -84,6 +84,7 @@ def train(config: Config) -> Outcome:
         ValueError, FileNotFoundError: settings, shards or weights that do not fit, before anything is written
             over.
         CheckpointError: the last checkpoint could not be written.
+        RankLost: another rank, or the way to it, is gone.
         Superseded: another launch has taken over the run's folder.
         TrainingAborted: too many NaN steps in a row.
     """
@@ -153,6 +154,7 @@ def train(config: Config) -> Outcome:
         if resumed.path is not None:
             run.event(resumed.step, "resume", str(resumed.path))
         stack.enter_context(_watchdog(trainer))
+        stack.enter_context(naming_lost_ranks(mesh, trainer.phases))
         return _loop(trainer, stop, screen)
 
 

@@ -1,5 +1,6 @@
 """A run that is killed again and again is the run that nobody disturbed."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,3 +56,7 @@ def test_ten_kills_a_hang_and_a_ghost_leave_no_trace_in_curve_and_weights(tmp_pa
     # Who waits for the rank that hangs says in which collective.
     assert any(" called by " in match[0] for match in hung if match)
     assert any("Superseded" in log for log in logs)
+    assert any("ends by RankLost: rank 0 lost another rank in step " in log for log in logs)
+    metrics = (tmp_path / "chaos/runs/troubled/metrics.jsonl").read_text().splitlines()
+    times = [json.loads(line)["phases_ms"] for line in metrics if line.startswith('{"kind": "phases"')]
+    assert times and all(len(by_rank) == 2 for phases in times for by_rank in phases.values())

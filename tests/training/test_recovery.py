@@ -11,7 +11,8 @@ import torch
 from iomm.checkpoint.folder import INFO_FILE, CheckpointError, DamagedCheckpoint
 from iomm.checkpoint.saver import save
 from iomm.parallel.mesh import Mesh
-from iomm.training.recovery import resume
+from iomm.training.phases import Phases
+from iomm.training.recovery import RankLost, naming_lost_ranks, resume
 from iomm.training.train import train
 from tests.checkpoint.small_engine import config, everything, make
 from tests.checkpoint.small_engine import train as take_steps
@@ -101,3 +102,16 @@ def test_a_run_goes_on_before_its_damaged_checkpoint_says_so_and_has_the_same_cu
     assert "It is now" in capsys.readouterr().err
     log = (settings.run_dir / "logs" / "rank_00000.log").read_text()
     assert "checkpoint_damaged" in log and log.count(" starts: process ") == 2
+
+
+def test_an_error_of_the_network_says_that_another_rank_is_gone_and_others_stay(mesh: Mesh) -> None:
+    phases = Phases(mesh.device)
+    phases.step = 7
+    message = "[../gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:1. This is typical"
+    lost = pytest.raises(RankLost, match=r"rank 0 lost another rank in step 7: .* closed by peer")
+    with lost, naming_lost_ranks(mesh, phases):
+        raise RuntimeError(message)
+    with pytest.raises(RankLost), naming_lost_ranks(mesh, phases):
+        raise torch.distributed.DistBackendError("NCCL error: remote process exited")
+    with pytest.raises(RuntimeError, match="^shapes do not match$"), naming_lost_ranks(mesh, phases):
+        raise RuntimeError("shapes do not match")

@@ -22,7 +22,13 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, "9.0", "580.10")
 TE = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"), "2.20.2")
 NOT_BUILT = {"cpu": "is not built (make kernels)", "cuda": "is not built (make kernels)"}
 CPU_ONLY = Machine(
-    gpus=(), torch_cuda=None, versions=VERSIONS, modules=frozenset(), uncompiled=NOT_BUILT, unmet=()
+    gpus=(),
+    torch_cuda=None,
+    versions=VERSIONS,
+    modules=frozenset(),
+    uncompiled=NOT_BUILT,
+    no_jpeg="is not built (make kernels)",
+    unmet=(),
 )
 
 
@@ -112,11 +118,21 @@ def test_an_old_resiliency_extension_is_broken_and_a_newer_one_is_not_mentioned(
 
 def test_dali_decodes_where_a_gpu_is_and_can_be_asked_for_elsewhere() -> None:
     dali = VERSIONS | {"nvidia-dali-cuda130": "2.4.0"}
-    assert check("DALI").status == "no" and check("decoder").detail == "CPU"
-    assert check("DALI", versions=dali).status == "ok" and check("decoder", versions=dali).detail == "CPU"
+    on_cpu = "CPU, JPEGs by simplejpeg and torch"
+    assert check("DALI").status == "no" and check("decoder").detail == on_cpu
+    assert check("DALI", versions=dali).status == "ok" and check("decoder", versions=dali).detail == on_cpu
     assert check("decoder", versions=dali, gpus=(H100,)).detail == "DALI"
     without = {name: version for name, version in VERSIONS.items() if name != "simplejpeg"}
     assert check("CPU", versions=without).status == "broken"
+
+
+def test_jpegs_are_decoded_row_by_row_where_that_is_built() -> None:
+    assert (check("JPEG rows").status, check("JPEG rows").detail) == (
+        "no",
+        "the library is not built (make kernels)",
+    )
+    assert check("JPEG rows", no_jpeg=None).status == "ok"
+    assert check("decoder", no_jpeg=None).detail == "CPU, JPEGs row by row"
 
 
 def test_the_driver_is_asked_for_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ class PillowDecoder:
     """`decode_view` as a `Decoder`: one file at a time, safe from several threads."""
 
     whole_batches = False
+    rescued = 0
 
     def __init__(self, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         self._max_pixels = max_pixels

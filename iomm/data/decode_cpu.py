@@ -40,6 +40,7 @@ class CpuDecoder:
     """
 
     whole_batches = False
+    rescued = 0
 
     def __init__(
         self, max_pixels: int = MAX_IMAGE_PIXELS, *, way: Literal["rows", "whole"] | None = None

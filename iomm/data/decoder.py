@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import DataConfig
-from iomm.data.decode_cpu import CpuDecoder
+from iomm.data.decode_cpu import CpuDecoder, jpeg_way
 from iomm.data.errors import BadSample
 from iomm.data.view import View
 
@@ -23,6 +23,11 @@ class Decoder(Protocol):
     @property
     def whole_batches(self) -> bool:
         """Whether it is better called once with a batch than by several threads with a file each."""
+        ...
+
+    @property
+    def rescued(self) -> int:
+        """Calls that failed and were decoded another way."""
         ...
 
     def decode(
@@ -48,20 +53,31 @@ def open_decoder(data: DataConfig) -> Decoder:
     Raises:
         ValueError: DALI was asked for and is not installed.
     """
-    installed = dali_installed()
-    if data.decode == "dali" and not installed:
+    if data.decode == "dali" and not dali_installed():
         raise ValueError(
             f"data.decode=dali, but NVIDIA DALI is not installed. Install it ({INSTALL_DALI}), or set "
             "data.decode=cpu."
         )
-    gpu = torch.cuda.is_available()
-    if data.decode == "dali" or (data.decode == "auto" and gpu and installed):
-        from iomm.data.decode_dali import DaliDecoder
+    _log.info("decoding %s", decoder_used(data))
+    if not _uses_dali(data):
+        return CpuDecoder(data.max_image_pixels)
+    from iomm.data.decode_dali import DaliDecoder
 
-        _log.info("decoding with DALI on the %s", "GPU" if gpu else "CPU")
-        device_id = torch.cuda.current_device() if gpu else None
-        return DaliDecoder(device_id, threads=data.decode_threads, max_pixels=data.max_image_pixels)
+    device_id = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return DaliDecoder(device_id, threads=data.decode_threads, max_pixels=data.max_image_pixels)
+
+
+def decoder_used(data: DataConfig) -> str:
+    """What `open_decoder` opens, and why, in words."""
+    gpu = torch.cuda.is_available()
+    if _uses_dali(data):
+        return f"with DALI on the {'GPU' if gpu else 'CPU'}"
+    why = ""
     if data.decode == "auto":
-        why = f"DALI is not installed ({INSTALL_DALI})" if gpu else "there is no GPU"
-        _log.info("decoding on the CPU: %s", why)
-    return CpuDecoder(data.max_image_pixels)
+        why = f": DALI is not installed ({INSTALL_DALI})" if gpu else ": there is no GPU"
+    return f"on the CPU{why}; {jpeg_way()}"
+
+
+def _uses_dali(data: DataConfig) -> bool:
+    chosen = data.decode == "auto" and torch.cuda.is_available() and dali_installed()
+    return data.decode == "dali" or chosen

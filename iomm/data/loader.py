@@ -52,6 +52,7 @@ class Loader:
         global_batch_images: int | None = None,
         token_px: int | None = None,
         tokenize: Callable[[str], object] | None = None,
+        on_sample: Callable[[Sample], None] | None = None,
     ) -> None:
         """Open the shards that the run will draw from, so that a missing one is said before training starts.
 
@@ -64,6 +65,7 @@ class Loader:
             token_px: pixels a side of a latent token; needed for buckets.
             tokenize: raises ValueError for a caption that the MLLM does not take. With
                 data.long_captions=skip such a pair is a bad sample.
+            on_sample: told of each sample of a global index when it is ready. Called from decoding threads.
 
         Raises:
             FileNotFoundError, ValueError: as in `ShardSet.open` and `Schedule`; or a setting out of range.
@@ -76,6 +78,7 @@ class Loader:
             )
         self._data = data
         self._decoder = open_decoder(data)
+        self._on_sample = on_sample
         self._reader = SampleReader(data, tokenize if data.long_captions == "skip" else None, on_bad)
         self._sources: dict[Kind, ShardSet] = {}
         if data.mix_ratio > 0:
@@ -95,6 +98,7 @@ class Loader:
         on_bad: Callable[[BadSampleReport], None],
         token_px: int,
         tokenize: Callable[[str], object] | None = None,
+        on_sample: Callable[[Sample], None] | None = None,
     ) -> Self:
         """The loader that a training run has. Arguments and errors as the constructor's."""
         train = config.train
@@ -105,6 +109,7 @@ class Loader:
             global_batch_images=train.global_batch_images,
             token_px=token_px,
             tokenize=tokenize,
+            on_sample=on_sample,
         )
 
     @property
@@ -138,6 +143,11 @@ class Loader:
     def bad_samples(self) -> int:
         """How many samples were found that cannot be used; each one was reported."""
         return self._reader.bad_samples
+
+    @property
+    def rescued(self) -> int:
+        """Calls of the decoder that failed and were decoded another way."""
+        return self._decoder.rescued
 
     @property
     def heldout_size(self) -> int:
@@ -175,6 +185,9 @@ class Loader:
             if sample.image_CHW is not slot:
                 # NumPy's copy: torch would start threads for it, beside the decoding ones.
                 slot.numpy()[:] = sample.image_CHW.numpy()
+        if self._on_sample is not None:
+            for sample in samples:
+                self._on_sample(sample)
         return samples
 
     def numbered(self, kind: Kind, numbers: Sequence[int]) -> list[Sample | None]:

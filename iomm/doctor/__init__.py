@@ -117,6 +117,12 @@ def _others(machine: Machine) -> Iterator[Check]:
         else ", ".join(f"{name} {version}" for name, version in needed.items()),
         fix=INSTALL if missing else "",
     )
+    yield Check(
+        section=section,
+        name="JPEG rows",
+        status="ok" if machine.no_jpeg is None else "no",
+        detail="csrc on libjpeg-turbo" if machine.no_jpeg is None else f"the library {machine.no_jpeg}",
+    )
     if dali := _dali(machine):
         where = "its GPU decode is not yet run" if usable_gpu(machine) else "on the CPU; data.decode=dali"
         yield Check(section=section, name="DALI", status="ok", detail=f"DALI {dali}: {where}")
@@ -145,7 +151,9 @@ def _choice(machine: Machine) -> Iterator[Check]:
         "device": device,
         "backend": "te (fp64: local)" if usable_te(machine) else "local",
         "operators": operators,
-        "decoder": "DALI" if usable_gpu(machine) and _dali(machine) else "CPU",
+        "decoder": "DALI"
+        if usable_gpu(machine) and _dali(machine)
+        else f"CPU, JPEGs {'by simplejpeg and torch' if machine.no_jpeg else 'row by row'}",
     }
     for name, detail in uses.items():
         yield Check(section="a run on this machine uses", name=name, status="info", detail=detail)

@@ -53,6 +53,7 @@ class Machine:
     uncompiled: Mapping[
         str, str | None
     ]  # why csrc's library for a device is of no use; None if it can be used
+    no_jpeg: str | None  # why the row-streaming JPEG decoder is of no use; None if it can be used
     unmet: tuple[str, ...]  # requirements of iomm that are not met
 
 
@@ -65,6 +66,7 @@ def look() -> Machine:
         versions={name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None},
         modules=frozenset(name for name in MODULES if importlib.util.find_spec(name) is not None),
         uncompiled={"cpu": build.CPU.stale(), "cuda": build.CUDA.stale()},
+        no_jpeg=build.JPEG.stale(),
         unmet=tuple(_unmet()),
     )
 

@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -30,11 +31,13 @@ import torch
 from iomm.checkpoint.folder import private_folder
 from iomm.checkpoint.lease import Lease
 from iomm.config import Config
+from iomm.data.decoder import decoder_used
 from iomm.data.errors import BadSampleReport
 from iomm.parallel.agreement import code_digest
 from iomm.parallel.mesh import Mesh
 from iomm.training.ranklog import RankLog
 
+_log = logging.getLogger(__name__)
 _VERSIONED = ("torch", "megatron-core", "transformers", "diffusers")
 
 
@@ -128,6 +131,7 @@ def describe(config: Config, mesh: Mesh) -> dict[str, Any]:
         if on_gpu
         else f"CPU, {torch.get_num_threads()} threads a rank",
         "world_size": mesh.world_size,
+        "decoding": decoder_used(config.data),
     }
 
 

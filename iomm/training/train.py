@@ -324,6 +324,7 @@ def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object
         lr=result.lr,
         skipped=t.bad_in_a_row,
         dropped_tokens=int(t.encoders.prefixes.dropped) if t.encoders is not None else 0,
+        rescued_decodes=t.loader.rescued,
         **throughput,
     )
     t.figures.write()

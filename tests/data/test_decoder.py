@@ -6,7 +6,7 @@ import torch
 
 from iomm.config import DataConfig
 from iomm.data import decoder
-from iomm.data.decode_cpu import CpuDecoder
+from iomm.data.decode_cpu import CpuDecoder, jpeg_way
 from iomm.data.decoder import open_decoder
 from iomm.data.errors import BadSample
 from iomm.data.view import View
@@ -19,7 +19,7 @@ def test_auto_decodes_on_the_cpu_where_there_is_no_gpu_and_says_why(caplog, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO):
         assert isinstance(open_decoder(DATA), CpuDecoder)
-    assert "decoding on the CPU: there is no GPU" in caplog.text
+    assert f"decoding on the CPU: there is no GPU; {jpeg_way()}" in caplog.text
 
 
 def test_auto_says_what_to_install_where_there_is_a_gpu_but_no_dali(caplog, monkeypatch):
@@ -51,6 +51,7 @@ class Together:
     """A decoder of whole batches that notes how many files each call has, and refuses files of one size."""
 
     whole_batches = True
+    rescued = 0
 
     def __init__(self, bad_bytes: int = -1) -> None:
         self.calls: list[int] = []
@@ -70,6 +71,14 @@ def test_a_decoder_of_whole_batches_gets_each_batch_in_one_call(shard, monkeypat
     batches = [batch.image_BCHW for batch in loader(shard).stream([[0, 1, 2], [3, 4]])]
     assert sorted(together.calls) == [2, 3]
     assert all(torch.equal(a, b) for a, b in zip(alone, batches, strict=True))
+
+
+def test_the_loader_counts_the_calls_that_were_rescued(shard, monkeypatch):
+    together = Together()
+    monkeypatch.setattr("iomm.data.loader.open_decoder", lambda data: together)
+    opened = loader(shard)
+    together.rescued = 2
+    assert opened.rescued == 2
 
 
 def test_a_bad_image_of_a_whole_batch_is_replaced_by_the_next_of_its_epoch(write_shard, monkeypatch):

@@ -20,6 +20,8 @@ from iomm.data.decoder import dali_installed
 from tests.data.fuzz.table import Table
 from tests.data.fuzz.watch import watch
 
+DECODERS = ("cpu", "dali")
+
 
 def main() -> int:
     """Run the inputs; the exit status."""
@@ -27,6 +29,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, action="append", help="the number of an input; may be repeated")
+    parser.add_argument("--decode", choices=DECODERS, action="append", help="(default: both)")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz-data"), help="of inputs unaccounted for")
     arguments = parser.parse_args()
 
@@ -34,14 +37,14 @@ def main() -> int:
         shutil.rmtree(arguments.out)
     table, begun = Table(arguments.seed), time.monotonic()
     numbers = arguments.only or range(arguments.inputs)
-    decoders = ("cpu", "dali") if dali_installed() else ("cpu",)
+    decoders = arguments.decode or (DECODERS if dali_installed() else DECODERS[:1])
     console = Console(stderr=True)
     for decode in decoders:
         runs = watch(arguments.seed, numbers, decode)
         for ran in track(runs, decode, len(numbers), console=console, disable=not console.is_terminal):
             table.add(ran, decode)
     sys.stdout.write(table.text())
-    if "dali" not in decoders:
+    if not dali_installed():
         sys.stdout.write("DALI is not installed: its path was not run\n")
     sys.stdout.write(f"{time.monotonic() - begun:.0f} s\n")
     if not table.bad:

@@ -11,7 +11,7 @@ from tests.data.fuzz.cases import Case, Put
 from tests.data.fuzz.table import Table
 from tests.data.fuzz.trial import Found, judge
 
-IMAGES = [number for number in range(200) if kinds.kind_of(number).startswith(("image", "changes"))]
+IMAGES = [number for number in range(120) if kinds.kind_of(number).startswith(("image", "changes"))]
 NO_DALI = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed: iomm[data]")
 
 

@@ -29,7 +29,7 @@ from tests.data.fuzz.cases import Case, During, Put
 from tests.data.fuzz.images import MAX_PIXELS
 
 SIDE_PX = 16
-BATCH = 4
+BATCH = 2
 _REASON_LIMIT = 20_000  # characters
 OUTCOMES = ("used", "rejected", "refused", "left alone")
 

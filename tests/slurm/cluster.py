@@ -83,12 +83,14 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = os.environ | {
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
-        }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._hurried: set[tuple[str, str]] = set()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, in which SLURM's commands find the cluster."""
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
     def __enter__(self) -> "Cluster":
         self._write_configuration()

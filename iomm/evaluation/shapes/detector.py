@@ -31,7 +31,9 @@ SPECK_PX2 = 20.0  # smaller components are specks: no things, but few are allowe
 MAX_SPECKS_PX2 = 40.0  # of all specks together
 MIN_UNIFORM = 0.8  # share of a component's inside that has its colour
 UNIFORM_DISTANCE = 22.0
-MIN_OVERLAP = 0.8
+# By shape: a compact one overlaps much with whatever is compact (a circle with a square on its corner by 0.83),
+# and what is thin suffers most from an autoencoder.
+MIN_OVERLAP = {"circle": 0.88, "square": 0.85, "triangle": 0.83, "star": 0.79, "cross": 0.84, "heart": 0.86}
 MIN_LEAD = 0.03  # the best shape's overlap is ahead of the second's by this
 MAX_BLUR_PX = 1.6  # sigma of its edge
 
@@ -159,7 +161,7 @@ def _component(
         reasons.append(f"only {uniform:.0%} of it has one colour")
     elif colour is None:
         reasons.append(f"its colour {_rgb(ink)} has no name")
-    if fit.overlap < MIN_OVERLAP or fit.lead < MIN_LEAD:
+    if fit.overlap < MIN_OVERLAP[shape] or fit.lead < MIN_LEAD:
         reasons.append(f"no shape: like a {shape} by {fit.overlap:.2f}, {fit.lead:.2f} ahead of the next")
         shape = None
     elif fit.blur_px > MAX_BLUR_PX * scale:

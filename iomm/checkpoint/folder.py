@@ -121,7 +121,7 @@ def read_info(path: Path) -> CheckpointInfo:
         if not isinstance(data, dict):
             raise ValueError("it holds no JSON object")
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {INFO_FILE}, so it is not a complete checkpoint.") from None
+        raise DamagedCheckpoint(f"{path} has no {INFO_FILE}, so it is not a complete checkpoint.") from None
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(
             f"{path / INFO_FILE} cannot be read: {error}. Use an older checkpoint."

@@ -53,8 +53,9 @@ def resume(checkpoints: Path, engine: Engine, config: Config, mesh: Mesh) -> Res
         try:
             step = sharded.load(path, engine, config, mesh).step
         except DamagedCheckpoint as error:
-            aside = on_rank_0(mesh, lambda path=path: set_aside(path))
-            damaged.append(f"{error} It is now {aside}.")
+            # One that is gone was pruned meanwhile, by a launch that is not quite dead yet.
+            aside = on_rank_0(mesh, lambda path=path: set_aside(path) if path.is_dir() else None)
+            damaged += [] if aside is None else [f"{error} It is now {aside}."]
         else:
             return Resumed(path, step, tuple(damaged))
     if damaged:

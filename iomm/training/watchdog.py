@@ -68,6 +68,7 @@ class Watchdog:
         self._reading, self._on_stall, self._on_hang, self._end = reading, on_stall, on_hang, end
         limits = [limit for limit in (timeout_s, stall_s) if limit > 0]
         self._poll_s = min([5.0, *(limit / 8 for limit in limits)])
+        self._grace_s = max(2 * self._poll_s, timeout_s / 10)
         self._stalled_step: int | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True) if limits else None
@@ -134,8 +135,8 @@ class Watchdog:
             self._on_hang(reason)
         except Exception as error:  # a full disk must not keep the rank alive
             sys.stderr.write(f"iomm: {type(error).__name__}: {error}\n")
-        # The other ranks run out of time a moment earlier or later: the agent would kill them with the first.
-        self._over.wait(2 * self._poll_s)
+        # The other ranks run out of time up to a step earlier or later; the agent kills them with the first.
+        self._over.wait(self._grace_s)
         self._end(HUNG_EXIT)
 
     def _readings(self) -> str:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from iomm.checkpoint.folder import INFO_FILE, CheckpointError, DamagedCheckpoint
+from iomm.checkpoint import sharded
+from iomm.checkpoint.folder import INFO_FILE, CheckpointError, CheckpointInfo, DamagedCheckpoint
 from iomm.checkpoint.saver import save
 from iomm.parallel.mesh import Mesh
 from iomm.training.phases import Phases
@@ -68,6 +71,24 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(mesh: Mesh,
     ):
         resume(tmp_path, engine, config(), mesh)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged_step_00000001", "damaged_step_00000002"]
+
+
+def test_a_checkpoint_that_a_dying_launch_prunes_under_the_reader_is_no_damage(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, real = make(config(), mesh), sharded.load
+    for step in (1, 2):
+        save(tmp_path, step, engine, config(), {}, keep_last=2, mesh=mesh)
+
+    def load(path: Path, *rest: Any) -> CheckpointInfo:
+        if path.name == "step_00000002":
+            shutil.rmtree(path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(sharded, "load", load)
+    resumed = resume(tmp_path, engine, config(), mesh)
+    assert (resumed.step, resumed.damaged) == (1, ())
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_keeps_its_name(mesh: Mesh, tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from iomm.data.loader import Reading
+from iomm.data.shards import SampleRef, ShardSet
 from iomm.training.phases import Phases
+from iomm.training.train import train
 from iomm.training.watchdog import HUNG_EXIT, Watchdog, collective
+from tests.small_run import events, losses, small_config
 
 WAIT_S = 20  # for a thread that is due in milliseconds
 LONG_AGO = 1000.0
@@ -139,6 +142,28 @@ def test_the_innermost_collective_of_a_stack_is_named_without_its_wrappers():
     )
     assert collective(manager) == "manager called by start_grad_sync"
     assert collective(traceback.StackSummary.from_list([("/x/a.py", 1, "all_reduce", "")])) is None
+
+
+def test_a_run_logs_which_shard_it_waited_for_and_goes_on(world, tmp_path, monkeypatch):
+    said, real_read, real_say = threading.Event(), ShardSet.read_image, Watchdog._say_stall
+
+    def read_image(shards: ShardSet, ref: SampleRef) -> bytes:
+        if threading.current_thread().name.startswith("iomm-decode"):
+            assert said.wait(WAIT_S)  # a store that answers once somebody has complained
+        return real_read(shards, ref)
+
+    def say_stall(watchdog: Watchdog, idle_s: float) -> None:
+        real_say(watchdog, idle_s)
+        said.set()
+
+    monkeypatch.setattr(ShardSet, "read_image", read_image)
+    monkeypatch.setattr(Watchdog, "_say_stall", say_stall)
+    config = small_config(world, tmp_path, train__steps=2, train__stall_notice_s=0.2, data__heldout=[])
+    train(config)
+    (event,) = events(config.run_dir, "loader_stall")
+    assert "step 1 has been waiting for samples for" in event["detail"]
+    assert f" of {world}/train.tar for " in event["detail"]
+    assert sorted(losses(config.run_dir)) == [1, 2]
 
 
 # A C call that keeps the interpreter's lock, as a broken extension or a driver does.

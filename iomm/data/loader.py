@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from iomm.config import Config, DataConfig
 from iomm.data.batch import Batch, Sample, global_batch_indices
+from iomm.data.batch_memory import BatchMemory
 from iomm.data.decode import PillowDecoder
 from iomm.data.decoder import open_decoder
 from iomm.data.errors import BadSampleReport
@@ -78,6 +78,7 @@ class Loader:
             )
         self._data = data
         self._decoder = open_decoder(data)
+        self._memory = BatchMemory(data.prefetch_batches + 3)  # and two in the hands of who trains on them
         self._on_sample = on_sample
         self._reader = SampleReader(data, tokenize if data.long_captions == "skip" else None, on_bad)
         self._sources: dict[Kind, ShardSet] = {}
@@ -294,6 +295,6 @@ class Loader:
             return _Ahead([failed]), False
         if self._decoder.whole_batches or len(sizes) > 1:
             return _Ahead([pool.submit(self.samples, whole)]), True
-        image_BCHW = torch.empty((len(whole), 3, *sizes.pop()), dtype=torch.uint8)
+        image_BCHW = self._memory.empty((len(whole), 3, *sizes.pop()))
         parts = [pool.submit(self.samples, [i], image_BCHW[b : b + 1]) for b, i in enumerate(whole)]
         return _Ahead(parts, image_BCHW), True

@@ -15,7 +15,7 @@ from iomm.conditioning.mllm import open_mllm
 from iomm.conditioning.prompts import PrefixBuilder
 from iomm.config import Config
 from iomm.data.cache import FeatureCache, feature_key
-from iomm.data.loader import Batch
+from iomm.data.loader import Batch, Sample
 from iomm.data.view import View
 from iomm.flow.path import Grid
 from iomm.parallel.engine import DTYPES
@@ -123,6 +123,11 @@ class Encoders:
         """Whether a cache has not yet what is shown of an image."""
         key = feature_key(content_hash, view.name)
         return any(cache.missing([key]) for cache in self.caches.values())
+
+    def read_ahead(self, sample: Sample) -> None:
+        """Begin to read what the caches have of a sample that will soon be encoded. From any thread."""
+        for cache in self.caches.values():
+            cache.read_ahead(feature_key(sample.content_hash, sample.view.name))
 
     def keep(self, batch: Batch) -> int:
         """Encode what the caches lack of a batch, all of it together, and keep it; how many images that were.

@@ -15,9 +15,8 @@ B samples of L tokens of C numbers; N rows of all parts.
 import hashlib
 import logging
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,14 @@ from torch import Tensor
 
 from iomm.data.feature_shards import SUFFIX, DamagedRow, Layout, Part, Row, TornPart, layout_of, write_part
 from iomm.data.hashing import cache_key
+from iomm.data.key_index import KeyIndex, heads
 from iomm.data.stores import is_remote
 
 __all__ = ["FeatureCache", "cache_key", "feature_key"]
 
 PART_BYTES = 512 << 20  # a part is written when it has as much; it is held in memory until then
-_READERS = 8  # threads that read the rows of a batch
+_READERS = 8  # threads that read rows
+_MOST_AHEAD = 1024  # rows read ahead
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ class FeatureCache:
     """Encoder outputs by key.
 
     What is `put` is found at once, and by other processes after `flush` here and `refresh` there. One thread
-    uses it; it reads with several.
+    uses it, but any may call `read_ahead`.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class FeatureCache:
         self._layout: Layout = {}
         self._parts: list[Part] = []
         self._seen: set[str] = set()  # names of parts, readable or not
-        self._index = _KeyIndex()
+        self._index = KeyIndex()
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._pending_bytes = 0
         self._damaged: set[tuple[Path, int]] = set()  # rows
+        self._ahead: dict[str, Future[Row | None]] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="iomm-cache")
         self.refresh()
 
@@ -140,8 +142,16 @@ class FeatureCache:
         A damaged row is not here, with a log warning.
         """
         wanted = list(dict.fromkeys(keys))
-        rows = self._pool.map(self._read, wanted)
-        return {key: row for key, row in zip(wanted, rows, strict=True) if row is not None}
+        readings = [self._ahead.pop(key, None) or self._pool.submit(self._read, key) for key in wanted]
+        rows = {key: reading.result() for key, reading in zip(wanted, readings, strict=True)}
+        # What was read ahead may have been put since.
+        found = {key: row or self._read(key) for key, row in rows.items()}
+        return {key: row for key, row in found.items() if row is not None}
+
+    def read_ahead(self, key: str) -> None:
+        """Begin to read a row that `find` will soon be asked for. May be called from any thread."""
+        if len(self._ahead) < _MOST_AHEAD and key not in self._ahead:
+            self._ahead[key] = self._pool.submit(self._read, key)
 
     def get(
         self, keys: Sequence[str], encode: Callable[[list[int]], Mapping[str, Tensor]], *, at_once: int = 1
@@ -204,7 +214,7 @@ class FeatureCache:
 
     def _add(self, opened: Iterable[tuple[Part, NDArray[np.uint64]] | None]) -> None:
         """Take parts in that were opened, with the heads of their keys."""
-        heads: list[NDArray[np.uint64]] = []
+        new: list[NDArray[np.uint64]] = []
         for part, head_N in filter(None, opened):
             if lacking := [name for name in self._outputs if name not in part.layout]:
                 _log.info("feature cache: %s has no %s, left out", part.path, ", ".join(lacking))
@@ -213,8 +223,8 @@ class FeatureCache:
             self._layout = self._layout or wanted
             self._check_layout(str(part.path), wanted, self._layout)
             self._parts.append(part)
-            heads.append(head_N)
-        self._index.add(heads)
+            new.append(head_N)
+        self._index.add(new)
 
     def _has(self, key: str) -> bool:
         return key in self._pending or any(True for _ in self._places(key))
@@ -259,52 +269,11 @@ class FeatureCache:
             )
 
 
-class _KeyIndex:
-    """Where each of N keys stands: 12 bytes a key (16 beyond 4 billion)."""
-
-    def __init__(self) -> None:
-        self._head_N: NDArray[np.uint64] = np.empty(0, np.uint64)  # first half of the key, sorted
-        self._number_N: NDArray[np.integer] = np.empty(0, np.uint32)  # counted over all parts
-        self._starts: list[int] = [0]  # number of each part's first row, and of the next new one
-
-    def __len__(self) -> int:
-        return len(self._head_N)
-
-    def add(self, heads: list[NDArray[np.uint64]]) -> None:
-        """The keys of the next parts, by their heads. Empties the list, which may be large."""
-        if not heads:
-            return
-        for head_N in heads:
-            self._starts.append(self._starts[-1] + len(head_N))
-        head_N = np.concatenate([self._head_N, *heads])
-        heads.clear()
-        order_N = np.argsort(head_N, kind="stable")
-        self._head_N = head_N[order_N]
-        del head_N
-        kind = np.uint32 if self._starts[-1] <= 1 << 32 else np.uint64
-        known = len(self._number_N)
-        number_N = order_N.astype(kind)
-        # Behind the rows that were known come the new ones, in order; those known have numbers already.
-        number_N[order_N < known] = self._number_N[order_N[order_N < known]]
-        self._number_N = number_N
-
-    def find(self, key: str) -> Iterator[tuple[int, int]]:
-        """Part and row of each key that has the same head."""
-        head = np.uint64(int.from_bytes(bytes.fromhex(key)[:8], "little"))
-        first = int(np.searchsorted(self._head_N, head))
-        for i in range(first, len(self._head_N)):
-            if self._head_N[i] != head:
-                return
-            number = int(self._number_N[i])
-            part = bisect_right(self._starts, number) - 1
-            yield part, number - self._starts[part]
-
-
 def _open(path: Path) -> tuple[Part, NDArray[np.uint64]] | None:
     """A part, and the first half of each of its keys, (N,)."""
     try:
         part, keys_N = Part.open(path)
-        return part, keys_N.view(np.dtype("<u8")).reshape(-1, 2)[:, 0].astype(np.uint64)
+        return part, heads(keys_N)
     except TornPart as error:
         what = "feature cache: ignored %s: torn or damaged: %s. Its samples are encoded again."
         _log.warning(what, path, error)

@@ -87,14 +87,8 @@ def encode_shards(
     mesh = start(ParallelConfig())
     encoders = Encoders(config, mesh.device)
     bad: list[BadSampleReport] = []
-    loader = Loader(
-        config.data,
-        config.train.seed,
-        on_bad=bad.append,
-        global_batch_images=config.train.global_batch_images,
-        token_px=encoders.codec.token_px,
-        tokenize=encoders.mllm.tokenize,
-    )
+    token_px, tokenize = encoders.codec.token_px, encoders.mllm.tokenize
+    loader = Loader.of_run(config, on_bad=bad.append, token_px=token_px, tokenize=tokenize)
     kinds: tuple[Kind, ...] = ("image", "pair")
     mine: dict[Kind, list[range]] = {
         kind: list(_stretches(loader.size(kind), mesh, stretch)) for kind in kinds

@@ -106,8 +106,13 @@ def train(config: Config) -> Outcome:
     resumed = resume(checkpoints, engine, config, mesh)
     with contextlib.ExitStack() as stack:
         bad_samples: deque[BadSampleReport] = deque()
-        tokenize = encoders.mllm.tokenize if encoders is not None else None
-        loader = Loader.of_run(config, on_bad=bad_samples.append, token_px=shapes.token_px, tokenize=tokenize)
+        loader = Loader.of_run(
+            config,
+            on_bad=bad_samples.append,
+            token_px=shapes.token_px,
+            tokenize=encoders.mllm.tokenize if encoders is not None else None,
+            on_sample=encoders.read_ahead if encoders is not None else None,
+        )
         loader.check_micro_batch(config.train.micro_batch_images * mesh.dp_size)
         system.check_sizes(loader.sizes_px)
         stack.enter_context(figures)

@@ -1,6 +1,7 @@
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from iomm.data import stores
 from iomm.data.cache import FeatureCache, cache_key, feature_key
+from iomm.data.feature_shards import Part
 
 OUTPUTS = ("mean", "logvar")
 
@@ -266,3 +268,38 @@ def test_two_writers_of_the_same_and_of_other_rows_do_not_disturb_each_other(tmp
     one.refresh()
     assert one.missing([h(1), h(2), h(3)]) == []
     assert len(opened(tmp_path)) == 3
+
+
+def test_rows_that_were_read_ahead_are_not_read_again_and_those_put_meanwhile_are_found(
+    tmp_path, monkeypatch
+):
+    filled(tmp_path, 1, 2)
+    cache, read = opened(tmp_path), list[int]()
+    original = Part.read
+    monkeypatch.setattr(
+        Part, "read", lambda part, n, outputs: (read.append(n), original(part, n, outputs))[1]
+    )
+    for n in (1, 2, 3, 3):
+        cache.read_ahead(h(n))
+    cache.put({h(3): outputs(3)})
+    assert means(cache, 1, 2, 3) == [1.0, 2.0, 3.0]
+    assert sorted(read) == [0, 1]
+    assert means(cache, 1) == [1.0]
+    assert sorted(read) == [0, 0, 1]
+
+
+def test_threads_that_read_ahead_while_parts_are_added_disturb_nothing(tmp_path):
+    cache = opened(tmp_path, part_bytes=200)
+
+    def ask() -> None:
+        for n in range(60):
+            cache.read_ahead(h(n))
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    for n in range(60):
+        cache.get([h(n)], lambda _, n=n: {name: value[None] for name, value in outputs(n).items()})
+    for thread in asking:
+        thread.join()
+    assert means(cache, *range(60)) == [*range(60)]

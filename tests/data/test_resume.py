@@ -1,10 +1,17 @@
 """Exact resume: whatever the layout, and wherever a run was stopped, the global batches are the same."""
 
 import dataclasses
+import gc
 import io
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -37,10 +44,14 @@ def world(tmp_path_factory) -> DataConfig:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         index_shard(str(folder / f"{part}.tar"))
-    shards = (str(folder / "*.tar"),)
+    return settings_for(str(folder / "*.tar"))
+
+
+def settings_for(shards: str) -> DataConfig:
+    """Everything at once that may differ from sample to sample."""
     return DataConfig(
-        images=shards,
-        pairs=shards,
+        images=(shards,),
+        pairs=(shards,),
         mix_ratio=0.5,
         image_px=16,
         progression=((0, 8), (LARGE_FROM, 16)),
@@ -106,6 +117,11 @@ def test_the_run_meets_everything_that_could_differ(whole):
     assert set.union(*sizes[LARGE_FROM:]) == {"16x16", "32x8", "8x32"}
 
 
+def in_order(by_rank: Sequence[list[list[Shown]]]) -> list[Shown]:
+    """A step's samples in the order of their indices, from what each rank has of it."""
+    return [sample for micro_batch in zip(*by_rank, strict=True) for part in micro_batch for sample in part]
+
+
 @settings(max_examples=10, deadline=None)
 @given(schedule=st.randoms(use_true_random=False))
 def test_a_run_killed_anywhere_goes_on_in_any_layout_with_the_same_batches(
@@ -121,14 +137,7 @@ def test_a_run_killed_anywhere_goes_on_in_any_layout_with_the_same_batches(
         streams = [steps_of(loader, step, micro, rank, ranks) for rank in range(ranks)]
         for _ in range(kept):
             by_rank = [next(stream) for stream in streams]
-            seen.append(
-                [
-                    sample
-                    for micro_batch in zip(*by_rank, strict=True)
-                    for part in micro_batch
-                    for sample in part
-                ]
-            )
+            seen.append(in_order(by_rank))
         for stream in streams:
             stream.close()
         step += kept
@@ -143,3 +152,45 @@ def test_the_order_in_which_samples_are_asked_for_changes_nothing(world, whole):
     expected = sum(whole, [])
     assert [(i, found[i].key, found[i].view.name, found[i].caption) for i in range(len(expected))] == expected
     assert all(loader.size_px(i) == tuple(found[i].image_CHW.shape[1:]) for i in found)
+
+
+def test_two_killed_processes_are_continued_by_one_of_another_layout(world, whole):
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = [sys.executable, str(Path(__file__).with_name("ranks_loader.py")), world.images[0], "0", "3"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    ranks = [subprocess.Popen([*script, str(rank), "2"], **pipes) for rank in range(2)]
+    seen: list[list[Shown]] = []
+    try:
+        for _ in range(3):
+            steps = [json.loads(rank.stdout.readline()) for rank in ranks]
+            seen.append([tuple(sample) for sample in in_order(steps)])
+            for rank in ranks:
+                rank.stdin.write("go on\n")
+                rank.stdin.flush()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 2
+    seen += [in_order([step]) for step in steps_of(open_loader(world, decode_threads=3), 3, 4, 0, 1)]
+    assert seen == whole
+
+
+def test_memory_does_not_grow_over_ten_epochs(world):
+    loader = open_loader(world)
+
+    def held_blocks(first: int, end: int) -> int:
+        """Blocks of memory that Python objects hold after these samples."""
+        for index in range(first, end):
+            loader.sample(index)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    epoch = 240  # images and pairs
+    before = held_blocks(0, 2 * epoch)
+    assert held_blocks(2 * epoch, 10 * epoch) - before < 1000  # less than one a sample

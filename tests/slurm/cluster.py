@@ -22,7 +22,7 @@ ENDS = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLIN
 GPUS = 2  # of a node; character devices that nobody opens
 
 # What differs from a common cluster serves to be quick (timeouts, scheduling at once) or to run without
-# systemd and cgroups. A job in `high` preempts those in `low`, which get their user signal and 30 s.
+# systemd and cgroups. A job in `high` preempts those in `low`, which get their user signal and two minutes.
 CONF = """
 ClusterName=iomm
 SlurmctldHost=localhost(127.0.0.1)
@@ -58,7 +58,7 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=low Nodes=n[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=low Nodes=n[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=n[1-3] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 NODE = (

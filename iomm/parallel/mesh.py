@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from iomm.config import ParallelConfig
 from iomm.parallel import cpu
+from iomm.parallel.launch_id import agree_on_launch
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Megatron's generators serve dropout and Megatron's own initialisation, of which iomm has none (iomm.random,
 # and weights initialised by name), so the seed has no influence on a run.
 _MEGATRON_SEED = 1
+_PATIENCE = datetime.timedelta(minutes=10)  # of ranks that wait for others to start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +295,11 @@ def _join() -> torch.device:
 
 def _meeting_place() -> Store:
     """A part of torchrun's store that no rendezvous has used: it remembers what was written in an earlier
-    one."""
+    one, and in an earlier launch."""
     global _store, _meetings
     if _store is None:
-        _store, _, _ = next(rendezvous("env://"))
+        store, rank, world_size = next(rendezvous("env://"))
+        launch = agree_on_launch(PrefixStore("iomm", store), rank, world_size, _PATIENCE)
+        _store = PrefixStore(launch, store)
     _meetings += 1
     return PrefixStore(f"mesh_{_meetings}", _store)

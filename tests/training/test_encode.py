@@ -1,8 +1,12 @@
 """The feature cache filled beforehand: what training then finds there, and that it changes nothing."""
 
 import dataclasses
+import functools
 import io
+import os
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -167,6 +171,22 @@ def test_the_command_prints_what_it_did_and_names_bad_samples(
     plain = config_file(small_config(world, tmp_path), tmp_path / "plain.py")
     assert main(["shard", "encode", str(plain)]) == 1
     assert "data.cache_dir is null" in capsys.readouterr().err
+
+
+def test_a_command_that_is_told_to_stop_writes_what_it_encoded(
+    world: Path, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+):
+    @contextmanager
+    def stopping(*_: object, **__: object):
+        yield lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(encode, "bar", stopping)
+    monkeypatch.setattr(encode, "encode_shards", functools.partial(encode_shards, stretch=24))
+    before, config = signal.getsignal(signal.SIGTERM), cached(world, tmp_path)
+    assert main(["shard", "encode", str(config_file(config, tmp_path / "config.py"))]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert encode_shards(config).encoded == SAMPLES - 24
 
 
 def test_a_cache_lasts_as_long_as_its_own_encoder_does_not_change(world: Path, tmp_path: Path, mesh: Mesh):

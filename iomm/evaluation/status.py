@@ -46,7 +46,8 @@ class Status:
     step: int | None
     steps: int | None
     loss: float | None  # of the last logged step
-    mean_loss: float | None  # of the last RECENT logged steps
+    mean_loss: float | None  # of the last `recent` logged steps
+    recent: int  # RECENT, or fewer at first; steps without a loss not counted
     heldout: dict[str, float]  # last held-out velocity loss by condition
     images_per_s: float | None
     step_ms: float | None
@@ -113,6 +114,7 @@ class Follower:
             steps=settings.get("steps"),
             loss=last.get("loss"),
             mean_loss=math.fsum(losses) / len(losses) if losses else None,
+            recent=len(losses),
             heldout=dict(self._heldout),
             images_per_s=last.get("images_per_s"),
             step_ms=last.get("step_ms"),
@@ -178,7 +180,9 @@ def rows(status: Status, now: float | None = None) -> list[tuple[str, str]]:
         total = f" of {status.steps:,} ({status.step / status.steps:.1%})" if status.steps else ""
         out.append(("step", f"{status.step:,}{total}"))
     if status.loss is not None and status.mean_loss is not None:
-        out.append(("loss", f"{status.loss:.4f}, mean of the last {RECENT} logged {status.mean_loss:.4f}"))
+        out.append(
+            ("loss", f"{status.loss:.4f}, mean of the last {status.recent} logged {status.mean_loss:.4f}")
+        )
     if status.heldout:
         out.append(("held-out loss", ", ".join(f"{name} {v:.4f}" for name, v in status.heldout.items())))
     if status.images_per_s is not None and status.step_ms is not None:
@@ -268,12 +272,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=5.0,
         metavar="SECONDS",
-        help="show it anew every so often (default 5) until the run ends or Ctrl-C",
+        help="show it anew every so often (default 5) until the run ends or Ctrl-C; a preempted run goes on",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the status, once or until the run ends."""
+    """Print the status, once or until the run ends; one that made room is expected back."""
     if arguments.watch is not None and arguments.watch <= 0:
         raise ValueError(f"--watch {arguments.watch:g} must be positive: the seconds between two looks.")
     follower, screen = Follower(arguments.run), sys.stdout
@@ -281,6 +285,6 @@ def run(arguments: argparse.Namespace) -> int:
         status = follower.read()
         screen.write(("\x1b[H\x1b[J" if arguments.watch and screen.isatty() else "") + render(status))
         screen.flush()
-        if arguments.watch is None or status.state != "running":
+        if arguments.watch is None or status.state not in ("running", "preempted"):
             return 0
         time.sleep(arguments.watch)

@@ -1,7 +1,10 @@
 /* Bicubic resize with antialiasing of RGB rows as they come, as Pillow's: first the columns of a row, rounded to whole levels,
  * then the rows. Only as many rows are held as one output row is made of.
  *
- * Columns are resized for four rows at once: one vector is one pixel of the four rows, [r g b - | r g b - | ...]. */
+ * Columns are resized for four rows at once: one vector is one pixel of the four rows, [r g b - | r g b - | ...]. What GCC does
+ * badly with vectors wider than the processor's (comparing, converting) is left to plain loops over a row.
+ *
+ * Processors that fuse multiplication and addition round sums another way: one level of one number in ten thousand differs. */
 #pragma once
 
 #include <math.h>
@@ -12,10 +15,11 @@
 #include "clones.h"
 
 enum { ROWS = 4, CHANNELS = 4, LANES = ROWS * CHANNELS, BLOCK = 4 * LANES };
+enum { MANY_TAPS = 8 }; /* reached by a shrinkage by 2, beyond which the JPEG itself is decoded smaller */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t whole __attribute__((vector_size(4 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
+typedef float pixel __attribute__((vector_size(4 * CHANNELS)));
+typedef int32_t pixel_levels __attribute__((vector_size(4 * CHANNELS)));
 
 /* What each output pixel of an axis is made of: `taps` inputs from `first` on. */
 typedef struct {
@@ -29,7 +33,7 @@ typedef struct {
     int upside_down;
     size_t stride;                      /* of a held row, in floats */
     int held, arrived, made;            /* rows: places for them, come so far, made so far */
-    float *four, *ring;
+    float *four, *ring, *sum; /* four rows as vectors; the rows held; a row being summed */
     uint8_t *packed;
     void *memory;
 } Resize;
@@ -79,6 +83,7 @@ static int start_resize(Resize *resize, int columns, int rows, int out_width, in
         whole_blocks(out_width * sizeof(int)),
         whole_blocks(out_height * sizeof(int)),
         whole_blocks(stride),
+        whole_blocks(stride * sizeof(float)),
     };
     size_t total = 64;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i];
@@ -99,56 +104,84 @@ static int start_resize(Resize *resize, int columns, int rows, int out_width, in
         .four = part[0],
         .ring = part[1],
         .packed = part[6],
+        .sum = part[7],
         .memory = memory,
     };
-    memset(resize->ring, 0, sizes[1]); /* what pads a row is computed with and never shown */
     fill_axis(resize->x, columns, out_width, mirrored);
     fill_axis(resize->y, rows, out_height, 0);
     return 1;
 }
 
-/* Nearest whole levels, 0 ... 255. */
-static IOMM_INLINE whole levels(lanes value) {
-    whole level = __builtin_convertvector(value + 0.5f, whole);
-    level &= ~(level >> 31);
-    const whole over = level > 255;
-    return (level & ~over) | (over & 255);
+/* Nearest whole level, 0 ... 255. */
+static IOMM_INLINE int level(float value) {
+    value = value < 0 ? 0 : value > 255 ? 255 : value;
+    return (int)(value + 0.5f);
 }
 
 /* The columns of four rows, [x][row][channel], into rows of the ring. */
-static IOMM_INLINE void sum_columns(const Resize *resize, float *to, int taps) {
+static IOMM_INLINE void sum_columns(const Resize *resize, float *to, const int taps) {
     const Axis axis = resize->x;
     const size_t stride = resize->stride;
+    const float *four = resize->four;
     for (int x = 0; x < resize->out_width; x++) {
-        const float *from = resize->four + (size_t)LANES * axis.first[x], *weight = axis.weight + (size_t)x * taps;
+        const float *from = four + (size_t)LANES * axis.first[x], *weight = axis.weight + (size_t)x * taps;
         lanes sum = {0};
         for (int k = 0; k < taps; k++) sum += *(const lanes *)(from + LANES * k) * weight[k];
-        sum = __builtin_convertvector(levels(sum), lanes);
-        for (int r = 0; r < ROWS; r++) memcpy(to + r * stride + CHANNELS * x, (float *)&sum + CHANNELS * r, 16);
+        for (int r = 0; r < ROWS; r++) memcpy(to + r * stride + CHANNELS * x, (float *)&sum + CHANNELS * r, sizeof(pixel));
     }
 }
 
 /* Four rows of `resize->columns` pixels of four bytes, the last of no meaning, into the ring from row `place` on. */
 static IOMM_CLONES void resize_columns(const Resize *resize, uint8_t *const *rows, int place) {
-    const whole shift = {0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24};
+    const pixel_levels shift = {0, 8, 16, 24};
     const uint8_t *const row[ROWS] = {rows[0], rows[1], rows[2], rows[3]};
     float *restrict four = resize->four;
-    for (int x = 0, columns = resize->columns; x < columns; x++) {
-        int32_t p[ROWS];
-        for (int r = 0; r < ROWS; r++) memcpy(p + r, row[r] + CHANNELS * x, sizeof *p);
-        const whole stored = {p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1], p[2], p[2], p[2], p[2], p[3], p[3], p[3], p[3]};
-        *(lanes *)(four + LANES * x) = __builtin_convertvector(stored >> shift & 255, lanes);
-    }
+    for (int x = 0, columns = resize->columns; x < columns; x++)
+        for (int r = 0; r < ROWS; r++) {
+            int32_t stored;
+            memcpy(&stored, row[r] + CHANNELS * x, sizeof stored);
+            const pixel value = __builtin_convertvector((pixel_levels){stored, stored, stored, stored} >> shift & 255, pixel);
+            memcpy(four + LANES * x + CHANNELS * r, &value, sizeof value);
+        }
     float *to = resize->ring + place * resize->stride;
-    switch (resize->x.taps) { /* up to a shrinkage by 2, beyond which the JPEG itself is decoded smaller */
-        case 1: return sum_columns(resize, to, 1);
-        case 4: return sum_columns(resize, to, 4);
-        case 5: return sum_columns(resize, to, 5);
-        case 6: return sum_columns(resize, to, 6);
-        case 7: return sum_columns(resize, to, 7);
-        case 8: return sum_columns(resize, to, 8);
-        default: return sum_columns(resize, to, resize->x.taps);
+    switch (resize->x.taps) { /* with a constant number of taps the loops are unrolled */
+        case 1: sum_columns(resize, to, 1); break;
+        case 4: sum_columns(resize, to, 4); break;
+        case 5: sum_columns(resize, to, 5); break;
+        case 6: sum_columns(resize, to, 6); break;
+        case 7: sum_columns(resize, to, 7); break;
+        case MANY_TAPS: sum_columns(resize, to, MANY_TAPS); break;
+        default: sum_columns(resize, to, resize->x.taps);
     }
+    for (int r = 0; r < ROWS; r++, to += resize->stride)
+        for (int i = 0, n = CHANNELS * resize->out_width; i < n; i++) to[i] = (float)level(to[i]);
+}
+
+/* `n` numbers of an output row out of rows of the ring from row `place` on. */
+static IOMM_INLINE void sum_rows(const Resize *resize, const float *weight, int place, const int taps, int n) {
+    uint8_t *restrict packed = resize->packed;
+    const float *row[MANY_TAPS];
+    for (int k = 0; k < taps; k++) {
+        row[k] = resize->ring + place * resize->stride;
+        if (++place == resize->held) place = 0;
+    }
+    for (int x = 0; x < n; x++) {
+        float sum = 0;
+        for (int k = 0; k < taps; k++) sum += row[k][x] * weight[k];
+        packed[x] = (uint8_t)level(sum);
+    }
+}
+
+/* The same for any number of taps. */
+static IOMM_INLINE void sum_many_rows(const Resize *resize, const float *weight, int place, int n) {
+    float *restrict sum = resize->sum;
+    for (int x = 0; x < n; x++) sum[x] = 0;
+    for (int k = 0; k < resize->y.taps; k++) {
+        const float *row = resize->ring + place * resize->stride;
+        for (int x = 0; x < n; x++) sum[x] += row[x] * weight[k];
+        if (++place == resize->held) place = 0;
+    }
+    for (int x = 0; x < n; x++) resize->packed[x] = (uint8_t)level(sum[x]);
 }
 
 /* Output row `y` into three planes. */
@@ -156,20 +189,17 @@ static IOMM_CLONES void resize_rows(const Resize *resize, int y, uint8_t *restri
                                     uint8_t *restrict blue) {
     const Axis axis = resize->y;
     const float *weight = axis.weight + (size_t)y * axis.taps;
-    const int begin = axis.first[y] % resize->held, width = resize->out_width;
-    uint8_t *restrict packed = resize->packed;
-    for (int x = 0; x < CHANNELS * width; x += BLOCK) {
-        lanes sum[BLOCK / LANES] = {{0}};
-        for (int k = 0, place = begin; k < axis.taps; k++) {
-            const lanes *row = (const lanes *)(resize->ring + place * resize->stride + x);
-            for (int i = 0; i < BLOCK / LANES; i++) sum[i] += row[i] * weight[k];
-            if (++place == resize->held) place = 0;
-        }
-        for (int i = 0; i < BLOCK / LANES; i++) {
-            const bytes level = __builtin_convertvector(levels(sum[i]), bytes);
-            memcpy(packed + x + LANES * i, &level, sizeof level);
-        }
+    const int place = axis.first[y] % resize->held, width = resize->out_width, n = CHANNELS * width;
+    switch (axis.taps) {
+        case 1: sum_rows(resize, weight, place, 1, n); break;
+        case 4: sum_rows(resize, weight, place, 4, n); break;
+        case 5: sum_rows(resize, weight, place, 5, n); break;
+        case 6: sum_rows(resize, weight, place, 6, n); break;
+        case 7: sum_rows(resize, weight, place, 7, n); break;
+        case MANY_TAPS: sum_rows(resize, weight, place, MANY_TAPS, n); break;
+        default: sum_many_rows(resize, weight, place, n);
     }
+    const uint8_t *packed = resize->packed;
     for (int x = 0; x < width; x++) {
         red[x] = packed[CHANNELS * x];
         green[x] = packed[CHANNELS * x + 1];

@@ -1,6 +1,7 @@
 """Ways to launch the ranks of a run until it is done: forked from this process, by torchrun, on a SLURM of
 two nodes. Each returns how many launches it took, and says what happened to them."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -23,8 +24,12 @@ from tests.chaos.worker import happened, work
 from tests.slurm.cluster import Cluster, free_ports, why_not
 
 RANKS = 2
-GRACE_S = 40.0  # for the survivors of a fault to end by themselves
+# The survivors of a fault notice that a rank is gone, unless they still wait for it to come: then it is for
+# the agent to ask them to end, as torchrun does.
+PATIENCE_S = 5.0
+GRACE_S = 40.0  # by then nobody may be left
 ROOT = Path(__file__).parents[2]
+_DIE_WITH_PARENT = 1  # Linux' PR_SET_PDEATHSIG
 
 
 def say(line: str) -> None:
@@ -53,8 +58,7 @@ def slurm_launch(config: Config, plan: Sequence[Fault], folder: Path) -> int:
     script = folder / "chaos.sbatch"
     script.write_text(f"#!/bin/bash\nsrun {shlex.join(command)}\n")
     (folder / "slurm").mkdir()
-    with Cluster(folder / "slurm") as cluster:
-        cluster.environment.update(_environment(), **cluster.environment)
+    with Cluster(folder / "slurm", _environment()) as cluster:
         size = (f"--nodes={RANKS}", "--ntasks-per-node=1", "--mem=8000", f"--output={folder / 'job.log'}")
         job = cluster.run("sbatch", "--parsable", *size, str(script))
         ended = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, 60.0 * (2 + len(plan)))
@@ -110,26 +114,30 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
 
-def fork_launch(config: Config, plan: list[Fault], folder: Path) -> int:
-    """Launch the run until it is done; the number of launches."""
-    config_file, plan_file = _prepare(config, plan, folder)
+def fork_launch(config: Config, plan: Sequence[Fault], folder: Path) -> int:
+    """This process, which has everything imported, forks the ranks and is their agent."""
+    files = _prepare(config, plan, folder)
+    started: list[Ranks] = []
     ghosts: list[Ranks] = []
-    for launch in range(2 * len(plan) + 2):
-        before = len(happened(folder))
-        fault = plan[before] if before < len(plan) else None
-        ranks = Ranks([_fork(rank, folder, launch, config_file, plan_file) for rank in _with_port()], {})
-        frozen = _wait(ranks, ghosts, config.run_dir, folder, before, fault)
-        if frozen:
-            ghosts.append(ranks)
-        elif all(status == 0 for status in ranks.status.values()):
-            _end_ghosts(ghosts)
-            return launch + 1
-        told = happened(folder)[before:]
-        what = told[0]["fault"] + _where(told[0]) if told else "no fault"
-        say(f"launch {launch}: {what}; ends {_ends(ranks)}")
-        if not told and HUNG_EXIT not in ranks.status.values():  # that a slow machine looks hung is no fault
-            raise AssertionError(f"launch {launch} failed by itself:\n{_last_words(folder, launch)}")
-    raise AssertionError("the run does not come to its end")
+    try:
+        for launch in range(2 * len(plan) + 2):
+            before = len(happened(folder))
+            started.append(Ranks([_fork(rank, folder, launch, *files) for rank in _with_port()], {}))
+            if not _wait(started[-1], ghosts, config.run_dir, folder, before, plan):
+                ghosts.append(started[-1])
+            elif not any(started[-1].status.values()):
+                _end_ghosts(ghosts)
+                return launch + 1
+            told = happened(folder)[before:]
+            what = told[0]["fault"] + _where(told[0]) if told else "no fault"
+            say(f"launch {launch}: {what}; ends {_ends(started[-1])}")
+            # That a slow machine looks hung is no fault.
+            if not told and HUNG_EXIT not in started[-1].status.values():
+                raise AssertionError(f"launch {launch} failed by itself:\n{_last_words(folder, launch)}")
+        raise AssertionError("the run does not come to its end")
+    finally:
+        for ranks in started:
+            ranks.send(signal.SIGKILL)
 
 
 def _where(record: dict[str, Any]) -> str:
@@ -155,6 +163,7 @@ def _fork(rank: int, folder: Path, launch: int, config_file: Path, plan_file: Pa
         return pid
     status = 1
     try:
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         log = os.open(_log(folder, launch, rank), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
@@ -176,24 +185,30 @@ def _last_words(folder: Path, launch: int) -> str:
 
 
 def _wait(
-    ranks: Ranks, ghosts: list[Ranks], run_dir: Path, folder: Path, before: int, fault: Fault | None
+    ranks: Ranks, ghosts: list[Ranks], run_dir: Path, folder: Path, before: int, plan: Sequence[Fault]
 ) -> bool:
-    """Until all ranks have ended, as an agent would: the first failure is the others' end. True: they did not
-    end but were frozen."""
+    """Until all ranks have ended, as an agent would: the first failure is the others' end. False: they did
+    not end but were frozen."""
+    freezes = before < len(plan) and plan[before].kind == "ghost"
     failed_at: float | None = None
+    asked = False
     lease = _holder(run_dir)
     while alive := ranks.alive():
         if ghosts and _holder(run_dir) != lease:  # the new launch has taken over
             ghosts[-1].send(signal.SIGCONT)
-        if fault is not None and fault.kind == "ghost" and len(happened(folder)) > before:
+        if freezes and len(happened(folder)) > before:
             ranks.send(signal.SIGSTOP)
-            return True
+            return False
         if failed_at is None and any(ranks.status.values()):
             failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+        since = 0.0 if failed_at is None else time.monotonic() - failed_at
+        if since > PATIENCE_S and not asked:
+            asked = True
+            ranks.send(signal.SIGTERM)
+        if since > GRACE_S:
             raise AssertionError(f"rank {alive} outlives the others by {GRACE_S:.0f} s")
         time.sleep(0.01)
-    return False
+    return True
 
 
 def _holder(run_dir: Path) -> str:

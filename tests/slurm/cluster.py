@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -79,10 +79,16 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """Started by entering it; `environment` makes SLURM's commands talk to it."""
+    """Started by entering it.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: an empty one.
+        variables: added to the environment of all that `run` starts, and so of the jobs.
+    """
+
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
         self.folder = folder
+        self._variables = dict(variables or {})
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._hurried: set[tuple[str, str]] = set()
 
@@ -90,7 +96,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """This process's, in which SLURM's commands find the cluster."""
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-        return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
+        return os.environ | self._variables | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
     def __enter__(self) -> "Cluster":
         self._write_configuration()

@@ -39,16 +39,22 @@ def main() -> int:
     numbers = arguments.only or range(arguments.inputs)
     decoders = arguments.decode or (DECODERS if dali_installed() else DECODERS[:1])
     console = Console(stderr=True)
-    for decode in decoders:
-        runs = watch(arguments.seed, numbers, decode)
-        for ran in track(runs, decode, len(numbers), console=console, disable=not console.is_terminal):
-            table.add(ran, decode)
+    stopped = False
+    try:
+        for decode in decoders:
+            runs = watch(arguments.seed, numbers, decode)
+            for ran in track(runs, decode, len(numbers), console=console, disable=not console.is_terminal):
+                table.add(ran, decode)
+    except KeyboardInterrupt:
+        stopped = True
     sys.stdout.write(table.text())
     if not dali_installed():
         sys.stdout.write("DALI is not installed: its path was not run\n")
     sys.stdout.write(f"{time.monotonic() - begun:.0f} s\n")
+    if stopped:
+        sys.stdout.write(f"stopped before all {len(numbers)} inputs were run\n")
     if not table.bad:
-        return 0
+        return 130 if stopped else 0
     table.keep_bad(arguments.out)
     for decode, ran in table.bad:
         sys.stdout.write(f"{ran.number} ({decode}) {ran.what}: {ran.problems[0][-500:]}\n")

@@ -4,6 +4,8 @@ import json
 
 from iomm.data.errors import BadSample
 
+MAX_CAPTION_BYTES = 65_536  # of a caption file; the MLLM takes about one in a hundred of that
+
 
 def caption_text(data: bytes) -> str:
     """The text of a caption file, without surrounding white space.

@@ -14,7 +14,7 @@ from functools import partial
 
 from iomm.config import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from iomm.data import stores
-from iomm.data.captions import caption_text, json_captions
+from iomm.data.captions import MAX_CAPTION_BYTES, caption_text, json_captions
 from iomm.data.decode_cpu import CpuDecoder
 from iomm.data.decode_header import probe
 from iomm.data.errors import BadSample
@@ -33,7 +33,7 @@ class Limits:
 
     max_pixels: int = MAX_IMAGE_PIXELS
     max_image_bytes: int = MAX_IMAGE_BYTES
-    max_caption_bytes: int = 65_536
+    max_caption_bytes: int = MAX_CAPTION_BYTES
     max_members: int = 2_000_000  # of one tar
 
 

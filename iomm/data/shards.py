@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iomm.data import stores
-from iomm.data.captions import caption_text, json_captions
+from iomm.data.captions import MAX_CAPTION_BYTES, caption_text, json_captions
 from iomm.data.errors import BadSample
 from iomm.data.hashing import cache_key
 from iomm.data.index import Index
@@ -210,6 +210,10 @@ class ShardSet:
         """
         if ref.caption_offset is None or ref.caption_size is None:
             return ()
+        if ref.caption_size > MAX_CAPTION_BYTES:
+            raise BadSample(
+                f"the caption has {ref.caption_size} bytes, more than the limit of {MAX_CAPTION_BYTES}"
+            )
         data = self._read(ref.shard, ref.caption_offset, ref.caption_size)
         return json_captions(data) if ref.several_captions else (caption_text(data),)
 

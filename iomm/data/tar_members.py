@@ -20,6 +20,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # of one member with its long name and attributes, bytes
 _MAX_FILLING = 1 << 16  # zeros behind the last member, bytes; tar programs fill up to 10,240
+# Damaged numbers and attributes make tarfile raise ordinary errors too, a long chain of headers the last one.
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError)
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +84,7 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member]:
     """
     try:
         tar = tarfile.open(fileobj=_HeaderReader(file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
-    except tarfile.ReadError as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"{shard}: not a tar file at offset 0 ({error}). Shards are uncompressed tar files."
         ) from error
@@ -96,8 +98,7 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member]:
             if not member.isdir():
                 plain = member.isreg() and not member.issparse()
                 yield Member(member.name, member.offset_data, member.size, plain)
-    # Damaged numbers and attributes make tarfile raise ordinary errors too, a chain of headers the last one.
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ValueError(torn(shard, tar.offset, str(error))) from error
     _check_end(shard, file, tar.offset)
 

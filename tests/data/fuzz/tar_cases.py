@@ -185,7 +185,7 @@ def extended(draft: Draft) -> Case:
         "a long name up": gnu_long(b"../" * 60 + b"subject.png") + plain,
     }
     what = draft.rng.choice(list(cases))
-    data = before + cases[what] + after + END
+    data = (before + cases[what] if draft.rng.random() < 0.7 else cases[what] + before) + after + END
     # Renamed or resized, its bytes cannot be told from what the header says they are.
     swallows = what in (
         "size more",

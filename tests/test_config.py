@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iomm.config import Config
+from iomm.config import Config, DataConfig
 from iomm.presets import b, large, tiny, xl
 
 
@@ -77,3 +77,12 @@ def test_a_missing_section_is_named():
     del data["mllm"]["path"]
     with pytest.raises(ValueError, match=r"setting mllm\.path is missing and has no default"):
         Config.from_dict(data)
+
+
+def test_a_cache_that_could_never_be_read_again_or_keeps_nothing_is_an_error():
+    DataConfig(images=("x",), crop="random")
+    with pytest.raises(ValueError, match="data.crop=random .* Set data.cache_dir=null"):
+        DataConfig(images=("x",), cache_dir="features", crop="random")
+    for cache in ((), ("vae", "vae")):
+        with pytest.raises(ValueError, match="data.cache .* must name vae, vit or both once"):
+            DataConfig(images=("x",), cache_dir="features", cache=cache)

@@ -26,7 +26,7 @@ from iomm.data.shard_command import bar, say
 from iomm.encoders import Encoders
 from iomm.parallel.mesh import Mesh, start
 
-STRETCH = 1024  # neighbouring samples of a rank
+STRETCH = 1024  # neighbouring samples of a rank, at most
 _SHOWN = 20  # unusable samples
 
 
@@ -111,6 +111,7 @@ def encode_shards(
 
 def _stretches(samples: int, mesh: Mesh, stretch: int) -> Iterator[range]:
     """This rank's sample numbers of a source."""
+    stretch = max(1, min(stretch, -(-samples // mesh.world_size)))  # a small source is for all ranks too
     for first in range(mesh.rank * stretch, samples, mesh.world_size * stretch):
         yield range(first, min(first + stretch, samples))
 

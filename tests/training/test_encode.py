@@ -25,7 +25,7 @@ from iomm.training.encode import encode_shards
 from iomm.training.train import train
 from tests.small_run import config_file, losses, small_config, write_shard
 
-SHORT = {"train__steps": 3, "data__heldout": []}
+SHORT = {"train__steps": 2, "data__heldout": []}
 SAMPLES = 40  # of the small run's images; 20 of them serve as pairs too
 
 
@@ -131,9 +131,9 @@ def test_with_buckets_flips_and_a_progression_the_views_of_the_final_size_are_th
     settings = {"data__images": [shard], "data__buckets": True, "data__flip": True}
     assert encode_shards(cached(world, tmp_path, **settings)).encoded == 2 * 16
     encoded.clear()
-    settings |= {"train__steps": 8, "data__heldout": []}
+    settings |= {"train__steps": 4, "data__heldout": []}
     final = train(cached(world, tmp_path, "final", **settings))
-    assert len(losses(final.run_dir)) == 8
+    assert len(losses(final.run_dir)) == 4
     assert encoded == [1, 1]  # the count of FLOPs at each of the two sizes
     encoded.clear()
     train(cached(world, tmp_path, "growing", **settings, data__progression=[[0, 16], [2, 32]]))

@@ -10,6 +10,7 @@ no tensor, which torch would unpickle, `contents` reads as data.
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def load(path: Path, engine: Engine, config: Config, mesh: Mesh) -> CheckpointIn
     state.pop("fp8", None)
     with quiet():
         on_every_rank(mesh, lambda: _check_state(path, state))
-        loaded = on_every_rank(mesh, lambda: _read(path, state))
+        loaded = _read(path, state, mesh)
         engine.load_sharded_state(loaded | {"fp8": _read_fp8(path, engine.module)})
     return info
 
@@ -112,7 +113,7 @@ def load_weights(
     weights = named_weights(module)
     with quiet():
         state = on_every_rank(mesh, lambda: _targets(path, module, mesh, ema=ema))
-        loaded = on_every_rank(mesh, lambda: _read(path, dict(state)))
+        loaded = _read(path, dict(state), mesh)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(loaded[name])
@@ -133,15 +134,22 @@ def _open(path: Path, mesh: Mesh) -> CheckpointInfo:
     return info
 
 
-def _read(path: Path, state: dict[str, Any]) -> Any:
-    """Fill a sharded state dict.
+def _read(path: Path, state: dict[str, Any], mesh: Mesh) -> Any:
+    """Fill a sharded state dict; all ranks call.
 
     Raises:
         DamagedCheckpoint: a file that the disk does not give, or that holds something else.
     """
+    # What Megatron reads before its ranks talk to each other: a rank that failed there would miss the talk.
+    on_every_rank(mesh, lambda: _readable(path, lambda: serialization.load_common_state_dict(str(path))))
+    return on_every_rank(mesh, lambda: _readable(path, lambda: dist_checkpointing.load(state, str(path))))
+
+
+def _readable[T](path: Path, action: Callable[[], T]) -> T:
+    """Do what reads a checkpoint; an error says that it is damaged."""
     try:
         with quiet():
-            return dist_checkpointing.load(state, str(path))
+            return action()
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read: {error}. Restore it or use an older checkpoint."

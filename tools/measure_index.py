@@ -64,6 +64,7 @@ def measure(index: str) -> str:
     drawn = _peak_mib()
     start = time.perf_counter()
     good = int(everything.good_N().sum())
+    verdicts_s = time.perf_counter() - start
     size_mb = os.path.getsize(index) / 1e6
     return (
         f"{len(everything):,} images, {len(pairs):,} with a caption, {size_mb:.0f} MB of index: opened in "
@@ -71,7 +72,26 @@ def measure(index: str) -> str:
         f"peak memory of the process: {before:.0f} MiB before, {after:.0f} MiB with both sets open, "
         f"{drawn:.0f} MiB after {_DRAWS:,} look-ups\n"
         f"a look-up, scattered over the shards: {draw_us:.0f} us; verdicts of all {good:,} images: "
-        f"{time.perf_counter() - start:.2f} s\n"
+        f"{verdicts_s:.2f} s\n" + _sort(index)
+    )
+
+
+def _sort(index: str) -> str:
+    """Open a training loader with aspect-ratio buckets on the index, and ask what stands at some indices."""
+    from iomm.config import DataConfig  # torch comes with it, which is no part of the index
+    from iomm.data.loader import Loader
+
+    data = DataConfig(images=(index,), pairs=(index,), mix_ratio=0.5, buckets=True, crop="random")
+    before, start = _peak_mib(), time.perf_counter()
+    loader = Loader(data, 0, on_bad=lambda bad: None, global_batch_images=1024, token_px=16)
+    opened, after = time.perf_counter() - start, _peak_mib()
+    start = time.perf_counter()
+    for n in range(_DRAWS):
+        loader.size_px(n * 7919)
+    size_us = (time.perf_counter() - start) / _DRAWS * 1e6
+    return (
+        f"a loader with buckets, images and pairs: opened in {opened:.2f} s, peak {before:.0f} -> "
+        f"{after:.0f} MiB; size of the image at an index: {size_us:.0f} us\n"
     )
 
 

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 
 from iomm.config import DataConfig
 from iomm.data import decoder
@@ -102,3 +103,18 @@ def test_a_file_larger_than_the_limit_is_a_bad_sample_and_not_read(write_shard):
     assert {opened.sample(index).key for index in range(2)} == {"small"}
     [report] = reports
     assert report.reason == f"a file of {len(large)} bytes, more than the limit of {len(large) - 1} bytes"
+
+
+def test_images_decoded_into_a_batchs_memory_are_those_decoded_alone(write_shard):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [encode(scene(seed, 40, 24), "JPEG", quality=90) for seed in range(4)]
+    files += [encode(scene(4, 24, 40), "JPEG", exif=exif), encode(noise_image(5)), files[0][:300]]
+    shard = write_shard("mixed.tar", [(f"{n}.jpg", data) for n, data in enumerate(files)])
+    alone, streamed = (loader(shard, mix_ratio=1.0, on_bad=lambda report: None) for _ in range(2))
+    for _ in range(3):  # the later rounds in the memory of the first
+        for batch, group in zip(
+            streamed.stream([range(5), range(5, 9)]), (range(5), range(5, 9)), strict=True
+        ):
+            expected_BCHW = torch.stack([alone.sample(index).image_CHW for index in group])
+            assert torch.equal(batch.image_BCHW, expected_BCHW)

@@ -20,9 +20,9 @@ from tests.small_run import config_file, events, losses, small_config
 pytestmark = [pytest.mark.slurm, pytest.mark.multi, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 TWO_NODES = {
-    "train__steps": 120,
+    "train__steps": 200,
     "train__micro_batch_images": 4,
-    "train__save_every_steps": 25,
+    "train__save_every_steps": 50,
     "train__eval_every_steps": 1000,
     "train__sample_every_steps": 1000,
 }
@@ -112,7 +112,7 @@ def test_a_job_survives_preemption_and_a_lost_node_with_the_undisturbed_curve_an
         *("--output=better.out", "--wrap", "srun true"),
     )
     preempted = run.wait_for_state("preempted", restarts=0)
-    assert preempted.reason == "SIGUSR1" and 3 <= preempted.step < 120
+    assert preempted.reason == "SIGUSR1" and 3 <= preempted.step < 200
     cluster.wait_for(better, {"COMPLETED"}, LIMIT_S)
 
     run.wait_for_state("running", restarts=1, step=preempted.step + 3)
@@ -123,7 +123,7 @@ def test_a_job_survives_preemption_and_a_lost_node_with_the_undisturbed_curve_an
     cluster.wait_for(job, {"COMPLETED"}, 2 * LIMIT_S)
 
     done = run.state()
-    assert (done.state, done.step, done.restarts) == ("done", 120, 2), run.told()
+    assert (done.state, done.step, done.restarts) == ("done", 200, 2), run.told()
     assert f"n{lost}" not in cluster.job(job)["NodeList"]
     assert [e["step"] for e in events(config.run_dir, "resume")][0] == preempted.step
     assert losses(config.run_dir) == losses(straight)

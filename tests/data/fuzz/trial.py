@@ -9,24 +9,23 @@ import contextlib
 import functools
 import io
 import json
-import logging
-import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from iomm import cli
 from iomm.config import DataConfig
-from iomm.data import index, sources, stores, tar_members
+from iomm.data import index, stores
 from iomm.data.errors import BadSampleReport
 from iomm.data.hashing import cache_key
 from iomm.data.index import Index
 from iomm.data.loader import Loader
 from iomm.data.shard_writer import QUARANTINE, SET_INDEX
-from tests.data.fuzz.cases import Case, During, Put
+from tests.data.fuzz.cases import Case, Put
 from tests.data.fuzz.images import MAX_PIXELS
+from tests.data.fuzz.surroundings import happening, log_kept
 
 SIDE_PX = 16
 BATCH = 2
@@ -91,7 +90,7 @@ def run(case: Case, scratch: Path, decode: str = "cpu") -> dict[str, Verdict]:
 def _judged(case: Case, step: Callable[[], Found], forgiving: bool, told: int) -> Verdict:
     """`told`: entries without an image that `iomm shard index` spoke of."""
     index._open_again.cache_clear()  # commands are processes of their own
-    with _log_kept() as records, _happening(case.during):
+    with log_kept() as records, happening(case.during):
         try:
             found = step()
         except Refusal as refusal:
@@ -318,72 +317,3 @@ def _delivered(patterns: Sequence[str], *, threads: int, **settings: Any) -> Fou
 
 def _loader(data: DataConfig, reports: list[BadSampleReport]) -> Loader:
     return Loader(data, 1, on_bad=reports.append, global_batch_images=BATCH, token_px=4)
-
-
-@contextlib.contextmanager
-def _log_kept() -> Iterator[list[logging.LogRecord]]:
-    """Warnings of the data package, which are how some entries are accounted for."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger("iomm.data")
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield records
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = True
-
-
-@contextlib.contextmanager
-def _happening(during: During | None) -> Iterator[None]:
-    """Count the reads of a file, by offset and of its headers; before one of them something happens to it."""
-    if during is None:
-        yield
-        return
-    reads = 0
-
-    def count() -> None:
-        nonlocal reads
-        reads += 1
-        if reads == during.before_read + 1:
-            during.action()
-
-    reader_read, open_shard = stores._LocalReader.read, tar_members.open_shard
-
-    def read(self: Any, offset: int, size: int) -> bytes:
-        if self._path == str(during.path):
-            count()
-        return reader_read(self, offset, size)
-
-    def opened(shard: str) -> Any:
-        file = open_shard(shard)
-        return _Counted(file, count) if shard == str(during.path) else file
-
-    stores._LocalReader.read = read
-    tar_members.open_shard = sources.open_shard = opened
-    try:
-        yield
-    finally:
-        stores._LocalReader.read = reader_read
-        tar_members.open_shard = sources.open_shard = open_shard
-
-
-class _Counted(io.RawIOBase):
-    def __init__(self, file: Any, count: Callable[[], None]) -> None:
-        self._file, self._count = file, count
-
-    def read(self, size: int = -1) -> bytes:
-        self._count()
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -95,7 +95,7 @@ def test_move_wants_the_relation_and_the_other_thing_where_it_was():
 
 
 def test_count_wants_the_number_with_those_that_stay_where_they_were():
-    first, second, third = in_a_row(*[("square", "green")] * 3)
+    first, second, third = in_a_row(*[("square", "green")] * 3, radius=0.12)
     two = Scene(things=(first, third), background="white")
     more, fewer = "change the number of green squares to three", "change the number of green squares to one"
     assert verdict(more, first, second, third, source=two).correct

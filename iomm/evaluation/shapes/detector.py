@@ -31,8 +31,8 @@ SPECK_PX2 = 20.0  # smaller components are specks: no things, but few are allowe
 MAX_SPECKS_PX2 = 40.0  # of all specks together
 MIN_UNIFORM = 0.8  # share of a component's inside that has its colour
 UNIFORM_DISTANCE = 22.0
-# By shape: a compact one overlaps much with whatever is compact (a circle with a square on its corner by 0.83),
-# and what is thin suffers most from an autoencoder.
+# By shape: a compact one overlaps much with whatever is compact (a circle with a square on its corner by
+# 0.83), and what is thin suffers most from an autoencoder.
 MIN_OVERLAP = {"circle": 0.88, "square": 0.85, "triangle": 0.83, "star": 0.79, "cross": 0.84, "heart": 0.86}
 MIN_LEAD = 0.03  # the best shape's overlap is ahead of the second's by this
 MAX_BLUR_PX = 1.6  # sigma of its edge

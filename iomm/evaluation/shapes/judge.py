@@ -19,7 +19,7 @@ import numpy as np
 
 from iomm.evaluation.bootstrap import Interval, interval_of_means
 from iomm.evaluation.shapes.detector import Detection, Found, detect
-from iomm.evaluation.shapes.prompts import SPLITS, Category, Facts, Prompt, Split, noun
+from iomm.evaluation.shapes.prompts import CATEGORIES, SPLITS, Category, Facts, Prompt, Split, noun
 from iomm.evaluation.shapes.relations import relations
 
 
@@ -128,19 +128,26 @@ def score(images_NHW3: np.ndarray, prompts: Sequence[Prompt], *, seed: int = 0) 
         np.array([getattr(verdict, what) for verdict in verdicts], dtype=float).reshape(-1, images).mean(1)
         for what in ("correct", "exact")
     )
-    numbers: dict[Split, dict[Category, list[int]]] = {split: {} for split in SPLITS}
-    for n, prompt in enumerate(prompts):
-        numbers[prompt.split].setdefault(prompt.facts.category, []).append(n)
     splits: dict[Split, SplitScore] = {
         split: SplitScore(
             overall=interval_of_means([correct_P[p] for p in of.values()], seed=seed),
             exact=interval_of_means([exact_P[p] for p in of.values()], seed=seed),
             categories={c: interval_of_means([correct_P[p]], seed=seed) for c, p in of.items()},
         )
-        for split, of in numbers.items()
+        for split, of in _numbers(prompts).items()
         if of
     }
     return Score(splits=splits, images_per_prompt=images, prompts=tuple(prompts), verdicts=verdicts)
+
+
+def _numbers(prompts: Sequence[Prompt]) -> dict[Split, dict[Category, list[int]]]:
+    """Numbers of the prompts, by split and category, in their own order."""
+    numbers: dict[Split, dict[Category, list[int]]] = {split: {} for split in SPLITS}
+    for category in CATEGORIES:
+        for n, prompt in enumerate(prompts):
+            if prompt.facts.category == category:
+                numbers[prompt.split].setdefault(category, []).append(n)
+    return numbers
 
 
 def write_verdicts(found: Score, path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,7 +76,16 @@ def why_not() -> str | None:
         return f"no {', '.join(missing)} here (Debian: apt-get install slurmctld slurmd slurm-client munge)"
     if os.geteuid() != 0:
         return "a SLURM of our own needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _pretend_gpu(Path(folder) / "gpu0")
+        except PermissionError as error:
+            return f"pretend GPUs need the right to make device files: {error}"
     return None
+
+
+def _pretend_gpu(path: Path) -> None:
+    os.mknod(path, 0o20666, os.makedev(1, 3))
 
 
 class Cluster:
@@ -223,7 +233,7 @@ class Cluster:
         conf = CONF.format(folder=self.folder, ports=ports, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(conf)
         for n in range(GPUS):
-            os.mknod(self.folder / f"gpu{n}", 0o20666, os.makedev(1, 3))
+            _pretend_gpu(self.folder / f"gpu{n}")
         (self.folder / "gres.conf").write_text(
             "AutoDetect=off\nNodeName=n[1-3] Name=gpu Flags=nvidia_gpu_env "
             f"File={self.folder}/gpu[0-{GPUS - 1}]\n"

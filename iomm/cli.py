@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from iomm.data import shard_command
 from iomm.evaluation import status
@@ -32,14 +33,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except Exception as error:
-        if not _expected(error):
+        if _expected(error):
+            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+            sys.stderr.write(f"iomm: error{rank}: {error}\n")
+        elif _among_ranks():
+            traceback.print_exc()
+        else:
             raise
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        sys.stderr.write(f"iomm: error{rank}: {error}\n")
+        if _among_ranks():
+            _leave(1)
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("iomm: interrupted\n")
         return 130
+
+
+def _among_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _leave(status: int) -> NoReturn:
+    """End without torch's destructors: where another rank is gone they wait for it, gloo's without end, and the
+    launcher would start the ranks again only when its own patience is over."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _expected(error: Exception) -> bool:

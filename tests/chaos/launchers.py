@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,21 +158,14 @@ def _with_port() -> range:
 
 def _fork(rank: int, folder: Path, launch: int, config_file: Path, plan_file: Path) -> int:
     pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
+    if pid == 0:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         log = os.open(_log(folder, launch, rank), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        status = work(config_file, plan_file, folder)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+        work(config_file, plan_file, folder)
+    return pid
 
 
 def _log(folder: Path, launch: int, rank: int) -> Path:

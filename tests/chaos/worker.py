@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from iomm.config import Config
 from iomm.training.phases import Phases
@@ -101,8 +102,20 @@ def happened(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def work(config_file: Path, plan_file: Path, folder: Path) -> int:
-    """Train until the end, or until the next fault; the exit status."""
+def work(config_file: Path, plan_file: Path, folder: Path) -> NoReturn:
+    """Train until the end, or until the next fault, and end as the command does."""
+    status = 1
+    try:
+        _train(config_file, plan_file, folder)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _train(config_file: Path, plan_file: Path, folder: Path) -> None:
     faults, number = read_plan(plan_file), len(happened(folder))
     config = Config.from_dict(json.loads(config_file.read_text()))
     config = config.override([f"train.async_save={json.dumps(number % 2 == 1)}"])
@@ -113,8 +126,7 @@ def work(config_file: Path, plan_file: Path, folder: Path) -> int:
     train(config)
     if misfortune is not None:  # the run was quicker than its moment
         misfortune.strike("after its end")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(work(*map(Path, sys.argv[1:])))
+    work(*map(Path, sys.argv[1:]))

@@ -53,8 +53,8 @@ def _among_ranks() -> bool:
 
 
 def _leave(status: int) -> NoReturn:
-    """End without torch's destructors: where another rank is gone they wait for it, gloo's without end, and the
-    launcher would start the ranks again only when its own patience is over."""
+    """End without torch's destructors: where another rank is gone they wait for it, gloo's without end, and
+    the launcher would start the ranks again only when its own patience is over."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -203,6 +203,15 @@ def test_a_fault_of_ours_is_not_hidden_behind_one_line(monkeypatch, tmp_path):
         main(["train", str(tmp_path)])
 
 
+def test_a_rank_that_failed_among_others_ends_at_once_with_its_traceback(monkeypatch, tmp_path, capsys):
+    left: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("iomm.cli._leave", left.append)
+    monkeypatch.setattr("iomm.cli.load_config", lambda path: 1 / 0)
+    main(["train", str(tmp_path)])
+    assert left == [1] and "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_doctor_names_the_backends():
     done = iomm("doctor")
     assert done.returncode == 0

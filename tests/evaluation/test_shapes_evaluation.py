@@ -9,7 +9,7 @@ import torch
 from iomm.cli import main
 from iomm.evaluation.shapes import evaluation
 from iomm.evaluation.shapes.evaluation import EvaluationOptions, evaluate_shapes
-from iomm.evaluation.shapes.prompts import all_facts, benchmark
+from iomm.evaluation.shapes.prompts import benchmark
 from iomm.evaluation.shapes.sampling import generator, scene_of
 from iomm.evaluation.shapes.scene import render
 from tests.random_run import save_random_run
@@ -66,10 +66,6 @@ def test_a_world_is_made_and_the_detector_checked_from_the_command_line(world, t
 def test_a_wrong_number_is_one_line(capsys, tmp_path):
     assert main(["shapes", "make", str(tmp_path / "w"), "--images", "-3"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_more_than_one_split_has_position_prompts():
-    assert all_facts("position") and all_facts("position", "heldout_relation")
 
 
 @pytest.mark.parametrize("per_category", [0, 500])

@@ -1,6 +1,7 @@
 """No source calls what would run somebody else's data: pickles, evaluated text, code of a model's folder."""
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def test_a_runs_folder_is_its_owners_alone_and_keeps_the_rights_it_has(tmp_path:
     assert folder.stat().st_mode & 0o777 == 0o750
 
 
-def test_a_run_of_one_process_listens_to_nobody(mesh: Mesh) -> None:
+def test_a_run_of_one_process_listens_on_loopback_only(mesh: Mesh) -> None:
     assert mesh.world_size == 1
     listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
-    assert all(address.ip == "127.0.0.1" for address in listening)  # what other tests serve on loopback
+    assert all(address.ip == "127.0.0.1" for address in listening), listening
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"  # where a host's own name means a public address

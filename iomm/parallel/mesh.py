@@ -279,6 +279,10 @@ def _join() -> torch.device:
     # One hardware queue keeps collectives and the products that overlap them in the order of their launch,
     # which Megatron's tensor and sequence parallelism rely on (and ask for on a CPU too).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        # All ranks are on this machine: they meet on its loopback, where nobody else can reach them.
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     if has_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if has_gpu else "gloo"

@@ -91,7 +91,7 @@ def test_the_table_says_who_is_where_what_all_have_and_what_differs() -> None:
 
 
 @pytest.mark.multi
-def test_two_ranks_with_other_settings_do_not_start_to_train_and_doctor_shows_why(
+def test_two_ranks_with_other_settings_are_both_refused_and_doctor_shows_why(
     torchrun: Callable[..., str], tmp_path: Path
 ) -> None:
     script = tmp_path / "differing.py"
@@ -99,13 +99,13 @@ def test_two_ranks_with_other_settings_do_not_start_to_train_and_doctor_shows_wh
         "import os, sys\n"
         "from dataclasses import replace\n"
         "from iomm.doctor.ranks import run\n"
-        "from iomm.training.train import train\n"
+        "from iomm.parallel.agreement import require_agreement\n"
         "from tests.checkpoint.small_engine import config\n"
         "mine = config(train=replace(config().train, seed=int(os.environ['RANK'])))\n"
         "assert run(mine) == 1\n"
         "sys.stdout.flush()\n"
         "try:\n"
-        "    train(mine)\n"
+        "    require_agreement(mine)\n"
         "except ValueError as error:\n"
         "    print('refused on rank', os.environ['RANK'], error, flush=True)\n"
     )

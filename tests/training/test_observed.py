@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from iomm.config import Config
 from iomm.evaluation.status import Follower
 from iomm.parallel.mesh import Mesh
+from iomm.training import train as loop
 from iomm.training.profiler import ProfileWindow
 from iomm.training.prometheus import PrometheusFile, exposition
 from iomm.training.run import Run
@@ -63,6 +65,18 @@ def test_a_trace_of_the_window_holds_the_loops_phases(watched) -> None:
 def test_a_runs_folder_is_private_and_says_which_code_made_it(watched) -> None:
     assert watched.run_dir.stat().st_mode & 0o777 == 0o700
     assert len(json.loads((watched.run_dir / "run.json").read_text())["code"]) == 12
+
+
+def test_ranks_are_compared_before_anything_is_written(
+    world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlike(config: Config) -> None:
+        raise ValueError(f"the ranks of {config.name} are not alike")
+
+    monkeypatch.setattr(loop, "require_agreement", unlike)
+    with pytest.raises(ValueError, match="the ranks of run are not alike"):
+        train(small_config(world, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_window_that_a_stop_cuts_short_is_written_and_one_that_fails_is_not(tmp_path: Path) -> None:

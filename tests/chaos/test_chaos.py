@@ -37,6 +37,7 @@ def test_a_fault_says_what_it_does():
 
 
 @pytest.mark.multi
+@pytest.mark.timeout(900)  # on a busy machine every launch takes its time
 @pytest.mark.slow
 def test_ten_kills_a_hang_and_a_ghost_leave_no_trace_in_curve_and_weights(tmp_path):
     counts = ("--kills", "10", "--hangs", "1", "--ghosts", "1", "--steps", "24", "--seed", "5")

@@ -9,23 +9,16 @@ positions.
 """
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from iomm.settings import build, parse, require, unknown
+
 # What an image may hold, where nothing else is said: training and `iomm shard` refuse the same files.
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +51,18 @@ class GeneratorConfig:
     guidance_value: float = 3.5  # the constant fed to it; 3.5 is FLUX.1-dev's own
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.pooled_width is None or self.pooled_width > 0,
             f"generator.pooled_width {self.pooled_width} must be positive; null means no pooled input.",
         )
-        _require(
+        require(
             self.hidden_size % self.heads == 0,
             f"generator.hidden_size {self.hidden_size} is not divisible by generator.heads {self.heads}. "
             "Choose heads that divide it.",
         )
         self._check_family()
         head_size = self.hidden_size // self.heads
-        _require(
+        require(
             sum(self.rope_axes) == head_size and all(a % 2 == 0 for a in self.rope_axes),
             f"generator.rope_axes {self.rope_axes} must be even and sum to the head size {head_size}.",
         )
@@ -78,13 +71,13 @@ class GeneratorConfig:
         fixed: dict[str, object] = {"refiner_blocks": 0, "norm_affine": True}
         if self.family == "z_image":
             fixed = {"double_blocks": 0, "mlp_ratio": 4.0, "pooled_width": None, "guidance_embedding": False}
-            _require(
+            require(
                 self.token_channels % 4 == 0,
                 f"generator.token_channels {self.token_channels} is no multiple of 4, but a token of the "
                 "z_image family is a 2 x 2 patch. Choose an autoencoder with codec.patch=2.",
             )
         for name, value in fixed.items():
-            _require(
+            require(
                 getattr(self, name) == value,
                 f"generator.{name} {getattr(self, name)} does not fit generator.family={self.family}, which "
                 f"has it at {value}. Leave it there, or choose the other family.",
@@ -144,9 +137,9 @@ class ConditionConfig:
     def __post_init__(self) -> None:
         for name in ("mask_ratio", "null_probability"):
             value = getattr(self, name)
-            _require(0.0 <= value <= 1.0, f"condition.{name} {value} must lie in [0, 1].")
-        _require(self.queries >= 0, f"condition.queries {self.queries} must not be negative.")
-        _require(
+            require(0.0 <= value <= 1.0, f"condition.{name} {value} must lie in [0, 1].")
+        require(self.queries >= 0, f"condition.queries {self.queries} must not be negative.")
+        require(
             self.queries > 0 or self.condition_tokens == "all",
             "condition.queries is 0, so there are no query positions to attend to. Set "
             "condition.condition_tokens=all.",
@@ -164,9 +157,9 @@ class FlowConfig:
     min_timestep: float = 0.05  # clamp of t in v = (x_t - x) / t when the network predicts the clean latent
 
     def __post_init__(self) -> None:
-        _require(self.shift > 0, f"flow.shift {self.shift} must be positive; 1 means no shift.")
-        _require(self.logit_std > 0, f"flow.logit_std {self.logit_std} must be positive.")
-        _require(0 < self.min_timestep < 1, f"flow.min_timestep {self.min_timestep} must lie in (0, 1).")
+        require(self.shift > 0, f"flow.shift {self.shift} must be positive; 1 means no shift.")
+        require(self.logit_std > 0, f"flow.logit_std {self.logit_std} must be positive.")
+        require(0 < self.min_timestep < 1, f"flow.min_timestep {self.min_timestep} must lie in (0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,24 +208,24 @@ class DataConfig:
     prefetch_batches: int = 2
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.mix_ratio <= 1.0, f"data.mix_ratio {self.mix_ratio} must lie in [0, 1].")
-        _require(
+        require(0.0 <= self.mix_ratio <= 1.0, f"data.mix_ratio {self.mix_ratio} must lie in [0, 1].")
+        require(
             self.mix_ratio == 1.0 or bool(self.pairs),
             f"data.mix_ratio {self.mix_ratio} asks for text-image pairs, but data.pairs is empty. "
             "Name shards with captions, or set data.mix_ratio=1.",
         )
-        _require(
+        require(
             min(self.max_image_pixels, self.max_image_bytes) >= 1,
             f"data.max_image_pixels {self.max_image_pixels} and data.max_image_bytes {self.max_image_bytes} "
             "must be at least 1.",
         )
         self._check_order()
-        _require(
+        require(
             self.cache_dir is None or 0 < len(set(self.cache)) == len(self.cache),
             f"data.cache {list(self.cache)} must name vae, vit or both once where data.cache_dir is set. "
             "Name one, or set data.cache_dir=null.",
         )
-        _require(
+        require(
             self.cache_dir is None or self.crop == "center",
             "data.crop=random shows another part of an image each time, so a feature cache would grow with "
             "every step and never be read. Set data.cache_dir=null, or data.crop=center.",
@@ -241,8 +234,8 @@ class DataConfig:
     def _check_order(self) -> None:
         for name in ("shuffle_block_images", "bucket_block_images"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"data.{name} {value} must be at least 1.")
-        _require(
+            require(value is None or value >= 1, f"data.{name} {value} must be at least 1.")
+        require(
             self.bucket_block_images is None or self.buckets,
             f"data.bucket_block_images {self.bucket_block_images} means nothing without buckets. Set "
             "data.buckets=true, or data.bucket_block_images=null.",
@@ -250,11 +243,11 @@ class DataConfig:
         if not self.progression:
             return
         steps, sides = [step for step, _ in self.progression], [px for _, px in self.progression]
-        _require(
+        require(
             steps[0] == 0 and all(a < b for a, b in zip(steps, steps[1:], strict=False)),
             f"data.progression begins at steps {steps}: the first must be 0, each later than the one before.",
         )
-        _require(
+        require(
             min(sides) >= 1 and sides[-1] == self.image_px,
             f"data.progression has sides of {sides} px: the last must be data.image_px, {self.image_px}.",
         )
@@ -269,9 +262,7 @@ class OptimizerGroup:
     weight_decay: float | None = None  # None: as the rest
 
     def __post_init__(self) -> None:
-        _require(
-            self.lr_scale >= 0, f"optimizer.groups lr_scale {self.lr_scale} of {self.match} is negative."
-        )
+        require(self.lr_scale >= 0, f"optimizer.groups lr_scale {self.lr_scale} of {self.match} is negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,13 +325,13 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "virtual_stages"):
-            _require(getattr(self, name) >= 1, f"parallel.{name} {getattr(self, name)} must be at least 1.")
-        _require(
+            require(getattr(self, name) >= 1, f"parallel.{name} {getattr(self, name)} must be at least 1.")
+        require(
             self.virtual_stages == 1 or self.pp > 1,
             f"parallel.virtual_stages {self.virtual_stages} needs a pipeline. Set parallel.pp > 1, or "
             "parallel.virtual_stages=1.",
         )
-        _require(
+        require(
             not self.sequence_parallel or self.tp > 1,
             "parallel.sequence_parallel splits the sequence over tensor-parallel ranks, of which there is "
             "one. Set parallel.tp > 1, or parallel.sequence_parallel=false.",
@@ -378,17 +369,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_images", "micro_batch_images", "keep_last", "log_every_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be at least 1.")
-        _require(
+            require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be at least 1.")
+        require(
             self.global_batch_images % self.micro_batch_images == 0,
             f"train.global_batch_images {self.global_batch_images} is not a multiple of "
             f"train.micro_batch_images {self.micro_batch_images}. Change one of them.",
         )
         for name in ("hang_timeout_s", "stall_notice_s", "straggler_every_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name} {value} must not be negative; 0 turns it off.")
+            require(value >= 0, f"train.{name} {value} must not be negative; 0 turns it off.")
         first, last = self.profile_steps or (1, 1)
-        _require(
+        require(
             1 <= first <= last,
             f"train.profile_steps {first}, {last} must be the first and the last step of a window, counted "
             "from 1. For three steps: [11, 13].",
@@ -431,7 +422,7 @@ class Config:
             ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong
                 type.
         """
-        return _build(cls, data, "")
+        return build(cls, data, "")
 
     def override(self, settings: list[str]) -> "Config":
         """Apply `a.b=c` settings in order. Values are JSON where they parse as such (`null`, `3e-4`,
@@ -443,89 +434,15 @@ class Config:
         data = self.to_dict()
         for setting in settings:
             key, sep, raw = setting.partition("=")
-            _require(bool(sep), f"--set {setting!r} has no '='. Write it as --set optimizer.lr=2e-4.")
+            require(bool(sep), f"--set {setting!r} has no '='. Write it as --set optimizer.lr=2e-4.")
             *sections, name = key.strip().split(".")
             parent = node = data
             for depth, section in enumerate((*sections, name)):
                 if not isinstance(node, dict) or section not in node:
                     known = list(node) if isinstance(node, dict) else []
-                    raise ValueError(_unknown(section, known, ".".join(sections[:depth])))
+                    raise ValueError(unknown(section, known, ".".join(sections[:depth])))
                 parent, node = node, node[section]
             if isinstance(node, dict):
                 raise ValueError(f"{key} is a section, not a value. Set one of its keys: {', '.join(node)}.")
-            parent[name] = _parse(raw)
+            parent[name] = parse(raw)
         return Config.from_dict(data)
-
-
-def _parse(raw: str) -> Any:
-    text = {"True": "true", "False": "false", "None": "null"}.get(raw.strip(), raw.strip())
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return raw
-
-
-def _unknown(key: str, known: list[str], prefix: str) -> str:
-    full = f"{prefix}.{key}" if prefix else key
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = (
-        f"Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-        if near
-        else f"Known: {', '.join(sorted(known)) or 'none'}."
-    )
-    return f"unknown setting {full}. {hint}"
-
-
-def _build(cls: Any, data: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of dataclass `cls` from plain data, every key and type checked."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise ValueError(_unknown(key, list(fields), prefix))
-    values = {}
-    for name, spec in fields.items():
-        full = f"{prefix}.{name}" if prefix else name
-        if name in data:
-            values[name] = _coerce(hints[name], data[name], full)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ValueError(f"setting {full} is missing and has no default.")
-    return cls(**values)
-
-
-def _coerce(kind: Any, value: Any, name: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, Mapping), f"setting {name} must be a section, got {value!r}.")
-        return _build(kind, value, name)
-    if origin is Literal:
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        _require(
-            value in args,
-            f"setting {name} is {value!r}; it must be one of {', '.join(map(str, args))}.{hint}",
-        )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            _require(type(None) in args, f"setting {name} must not be null.")
-            return None
-        return _coerce(next(a for a in args if a is not type(None)), value, name)
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        _require(isinstance(items, list | tuple), f"setting {name} must be a list, got {value!r}.")
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_coerce(args[0], v, name) for v in items)
-        _require(len(items) == len(args), f"setting {name} must have {len(args)} values, got {len(items)}.")
-        return tuple(_coerce(a, v, name) for a, v in zip(args, items, strict=True))
-    return _scalar(kind, value, name)
-
-
-def _scalar(kind: type, value: Any, name: str) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # `--set name=7` parses as a number
-    ok = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    _require(ok, f"setting {name} must be {kind.__name__}, got {value!r} ({type(value).__name__}).")
-    return value

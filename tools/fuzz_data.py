@@ -21,6 +21,7 @@ from tests.data.fuzz.table import Table
 from tests.data.fuzz.watch import watch
 
 DECODERS = ("cpu", "dali")
+SHOWN = 20  # of the inputs that are not accounted for; all are kept
 
 
 def main() -> int:
@@ -56,7 +57,7 @@ def main() -> int:
     if not table.bad:
         return 130 if stopped else 0
     table.keep_bad(arguments.out)
-    for decode, ran in table.bad:
+    for decode, ran in table.bad[:SHOWN]:
         sys.stdout.write(f"{ran.number} ({decode}) {ran.what}: {ran.problems[0][-500:]}\n")
     sys.stdout.write(f"the inputs are in {arguments.out}\n")
     return 1

@@ -92,6 +92,8 @@ class _LocalReader:
                 part = os.pread(self._fd, wanted, offset + size - wanted)
             except OSError as error:  # which says no name
                 raise OSError(error.errno, error.strerror, self._path) from error
+            except OverflowError as error:  # no file reaches that far
+                raise OSError(_ended(self._path, offset + size)) from error
             if not part:
                 raise OSError(_ended(self._path, offset + size))
             parts.append(part)

@@ -106,6 +106,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         open_reader(str(tmp_path)).read(0, 1)
 
 
+def test_an_offset_that_no_file_can_have_is_an_end_of_file_that_names_it(shard):
+    with pytest.raises(OSError, match=r"train\.tar: ends before byte 9223372036854775809"):
+        open_reader(shard).read(1 << 63, 1)
+
+
 def test_a_shard_whose_name_is_no_text_is_indexed_and_printed(tmp_path, png, capsysbinary):
     path = os.path.join(tmp_path, os.fsdecode(b"set\xff.tar"))
     Path(path).write_bytes(tars.tar([(b"a.png", png(1))]))

@@ -19,7 +19,7 @@ def serve(pipe: Connection, _seed: int, _decode: str, _folder: str, errors: str)
                 wait_for_ever()
             if number == 1:
                 os.kill(os.getpid(), signal.SIGSEGV)
-            pipe.send(SimpleNamespace(number=number, died=None))
+            pipe.send(SimpleNamespace(number=number, died=None, grown=False))
 
 
 def wait_for_ever() -> None:

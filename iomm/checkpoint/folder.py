@@ -110,6 +110,16 @@ def find(path: Path) -> Path:
     return newest
 
 
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that the checkpoint a user means belongs to; None if it lies by itself.
+
+    Raises:
+        CheckpointError: there is no checkpoint (see `find`).
+    """
+    folder = find(path).resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
 def read_info(path: Path) -> CheckpointInfo:
     """The plain data of one checkpoint; its shard files are not opened.
 

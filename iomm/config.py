@@ -23,7 +23,7 @@ MAX_IMAGE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """The generator (method.md section 3): FLUX's MM-DiT, or Z-Image's single-stream transformer."""
+    """The generator (METHOD.md section 3): FLUX's MM-DiT, or Z-Image's single-stream transformer."""
 
     family: Literal["flux", "z_image"] = "flux"
     hidden_size: int
@@ -117,7 +117,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
-    """The condition (method.md section 2): mask, residual query adapter, prompts, null."""
+    """The condition (METHOD.md section 2): mask, residual query adapter, prompts, null."""
 
     queries: int = (
         256  # learned query tokens of the residual query adapter (RQA); 0: no adapter, condition_tokens = all
@@ -148,7 +148,7 @@ class ConditionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Flow matching (method.md section 1)."""
+    """Flow matching (METHOD.md section 1)."""
 
     timestep: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
@@ -267,7 +267,7 @@ class OptimizerGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon with clipping, warm-up and an EMA of the weights (method.md section 4)."""
+    """AdamW or Muon with clipping, warm-up and an EMA of the weights (METHOD.md section 4)."""
 
     # muon: hidden matrices are orthogonalised (Newton-Schulz), everything else is AdamW's, with the same lr.
     kind: Literal["adamw", "muon"] = "adamw"

@@ -1,6 +1,6 @@
 """Presets: functions that return a `Config`. A variant is `dataclasses.replace` of one.
 
-The paper prints parameter counts, not widths; the shapes below give its counts (method.md section 3).
+The paper prints parameter counts, not widths; the shapes below give its counts (METHOD.md section 3).
 """
 
 import dataclasses
@@ -87,8 +87,7 @@ RECIPE_STEPS = (4000, 3000)  # of the two stages
 
 def recipe(first: Literal["image", "pair"], second: Stream | None, root: Path, *, seed: int = 0) -> Config:
     """A stage of one of the paper's six recipes in miniature, on the shapes world: pre-training on images or
-    on pairs, then fine-tuning on images, on pairs or on both (GenEval of the six
-    combinations in the paper).
+    on pairs, then fine-tuning on images, on pairs or on both (METHOD.md section 5).
 
     All first stages cost the same, and all second stages.
 

@@ -1,4 +1,4 @@
-"""`iomm bench mask`: what the mask modes cost in the frozen MLLM (method.md, "Three mask modes").
+"""`iomm bench mask`: what the mask modes cost in the frozen MLLM (METHOD.md, "Three mask modes").
 
 Prefix and query rows, forward and backward. `zero` and `hide` run every prefix position; `drop` runs the
 positions that are left, and packing them is part of its time. By FLOPs of the linears, with P prefix

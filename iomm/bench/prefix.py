@@ -1,4 +1,4 @@
-"""`iomm bench prefix`: the frozen-prefix split against the naive full pass (method.md, "The frozen prefix is
+"""`iomm bench prefix`: the frozen-prefix split against the naive full pass (METHOD.md, "The frozen prefix is
 free").
 
 By FLOPs, with P prefix positions and Q queries, the naive pass runs P + Q rows forward and their input

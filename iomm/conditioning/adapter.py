@@ -1,5 +1,5 @@
 """RQA, the residual query adapter: learned queries read the MLLM's input embeddings (paper section 3.2;
-method.md section 2).
+METHOD.md section 2).
 
     q = q_0 + attention(norm(q_0), norm(c));  q = q + mlp(norm(q));  the MLLM then runs on [c | q]
 

@@ -1,5 +1,5 @@
 """The connector: MLLM output states -> condition tokens of the generator (OpenUni, arXiv 2505.23661;
-method.md section 2).
+METHOD.md section 2).
 
 B samples, T positions, D MLLM channels, E condition channels.
 """

@@ -1,4 +1,4 @@
-"""Which patch tokens a training step shows (method.md section 2)."""
+"""Which patch tokens a training step shows (METHOD.md section 2)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The frozen multimodal LLM, cut into a prefix without gradients and query rows with them (method.md section
+"""The frozen multimodal LLM, cut into a prefix without gradients and query rows with them (METHOD.md section
 2).
 
 The LM is causal and the queries stand last, so the prefix's states do not depend on any trained parameter.

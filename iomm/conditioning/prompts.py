@@ -1,4 +1,4 @@
-"""From samples to prefixes: the auxiliary prompt, captions, the null condition and the mask modes (method.md
+"""From samples to prefixes: the auxiliary prompt, captions, the null condition and the mask modes (METHOD.md
 section 2).
 
     image sample   [ aux prompt | patch tokens, some masked ]      null: every patch token masked

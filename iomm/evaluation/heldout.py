@@ -1,4 +1,4 @@
-"""Watching a run without a judge: held-out velocity loss, and the copying alarm (method.md section 5).
+"""Watching a run without a judge: held-out velocity loss, and the copying alarm (METHOD.md section 5).
 
 The loss is taken at 8 fixed timesteps with fixed noise (as MLPerf does), so that two evaluations differ by
 the weights only. Three conditions: the image's own masked tokens, the caption, and the null prompt. A

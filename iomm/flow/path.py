@@ -1,4 +1,4 @@
-"""The straight path between data and noise (paper section 3; method.md section 1).
+"""The straight path between data and noise (paper section 3; METHOD.md section 1).
 
     x_t = (1 - t) x + t z        z ~ N(0, I), t = 0 is data, t = 1 is noise
     dx_t / dt = z - x            the velocity

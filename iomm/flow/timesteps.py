@@ -1,4 +1,4 @@
-"""Timesteps of training and of the samplers (method.md section 1). t = 0 is data, t = 1 is noise."""
+"""Timesteps of training and of the samplers (METHOD.md section 1). t = 0 is data, t = 1 is noise."""
 
 import torch
 from torch import Tensor

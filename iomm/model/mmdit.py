@@ -1,4 +1,4 @@
-"""The generator: a multimodal diffusion transformer of the FLUX family (MM-DiT, arXiv 2403.03206; method.md
+"""The generator: a multimodal diffusion transformer of the FLUX family (MM-DiT, arXiv 2403.03206; METHOD.md
 section 3).
 
     image tokens ----> x_in ---+                                     +--> norm, modulate, out --> velocity |

@@ -1,4 +1,4 @@
-"""Muon: the momentum of a hidden matrix, made orthogonal, is its update (method.md section 4).
+"""Muon: the momentum of a hidden matrix, made orthogonal, is its update (METHOD.md section 4).
 
     m <- beta m + (1 - beta) g                        momentum
     u  = (1 - beta) g + beta m                        Nesterov

@@ -4,7 +4,7 @@
     y[b, n]    = x[b, n] if keep[b, n] else 0
     dx[b, n]   = dy[b, n] if keep[b, n] else 0
 
-(method.md section 2: each patch token of a frozen ViT is kept with probability 1 - r.) The decision is a
+(METHOD.md section 2: each patch token of a frozen ViT is kept with probability 1 - r.) The decision is a
 function of (seed, global sample index, token) alone and is drawn again in the backward pass, so no mask is
 stored. The bits are `philox.uniform`'s. `hidden_B` masks whole samples: the null condition.
 

@@ -1,7 +1,7 @@
 """What a picture of the shapes world shows, found exactly: no part of it is learned.
 
     background   the median colour of the picture's rim; most of the rim has it, or nothing is found
-    components   pixels that differ from it, connected
+    components   pixels that differ from it by far, connected
     colour       the median inside a component: the nearest named one in CIELAB, unless far or between two
     coverage     each pixel's place between background and colour: the outline to a part of a pixel
     shape        each shape is drawn with the component's centroid, area and softness of edge; the one that
@@ -25,7 +25,8 @@ from iomm.evaluation.shapes.scene import OUTLINES, SHAPES, SIDE_PX, Box, coverag
 MIN_SIDE_PX = 32
 RIM_PX = 2.0  # no scene reaches into it
 RIM_SHARE = 0.75  # of the rim, that has the background's colour
-RIM_DISTANCE = 12.0  # in CIELAB, from the background's colour; also the least that counts as a thing
+RIM_DISTANCE = 12.0  # in CIELAB, from the background's colour
+THING_DISTANCE = 24.0  # what differs less is a stain of the background; scenes differ by 45 and more
 EDGE = 0.4  # a thing's pixel differs by this share of the greatest difference within two pixels
 SPECK_PX2 = 20.0  # smaller components are specks: no things, but few are allowed
 MAX_SPECKS_PX2 = 40.0  # of all specks together
@@ -94,7 +95,7 @@ def detect(image_HW3: np.ndarray) -> Detection:
     if share < RIM_SHARE:
         return Detection(objects=(), background=None, reason=f"only {share:.0%} of the rim is background")
     reach = 2 * round(2 * scale) + 1
-    inside_HW = away_HW > np.maximum(RIM_DISTANCE, EDGE * ndimage.maximum_filter(away_HW, reach))
+    inside_HW = away_HW > np.maximum(THING_DISTANCE, EDGE * ndimage.maximum_filter(away_HW, reach))
     labels_HW, count = _label(inside_HW)
     sizes = np.bincount(labels_HW.ravel(), minlength=count + 1)
     boxes = ndimage.find_objects(labels_HW)

@@ -3,6 +3,7 @@ section 2).
 
     image sample   [ aux prompt | patch tokens, some masked ]      null: every patch token masked
     text sample    [ caption ]                                     null: [ null prompt ]
+    edit           [ instruction | patch tokens, some masked ]     never trained; nulls: those of image samples
 
 Rows of a batch share one layout, [ text slots | patch slots ]; slots that a row does not use are simply not
 attended to. Mask mode `drop` packs the slots that count into one sequence.
@@ -79,7 +80,24 @@ class PrefixBuilder:
 
     def for_images(self, patches_BNF: Tensor, keep_BN: Tensor) -> Prefix:
         """Prefix of a reconstruction; `keep_BN` all False is the null condition of image samples."""
-        texts = [self.config.aux_prompt] * len(patches_BNF)
+        return self._with_images([self.config.aux_prompt] * len(patches_BNF), patches_BNF, keep_BN)
+
+    def for_edits(
+        self, patches_BNF: Tensor, keep_BN: Tensor, instructions: Sequence[str], *, aux_prompt: bool = False
+    ) -> Prefix:
+        """Prefix of an edit: where training has the auxiliary prompt stands the instruction.
+
+        Args:
+            aux_prompt: the auxiliary prompt stays, behind the instruction.
+        """
+        if len(instructions) != len(patches_BNF):
+            raise ValueError(
+                f"{len(instructions)} instructions for {len(patches_BNF)} images; give one an image."
+            )
+        behind = f" {self.config.aux_prompt}" if aux_prompt else ""
+        return self._with_images([f"{text}{behind}" for text in instructions], patches_BNF, keep_BN)
+
+    def _with_images(self, texts: Sequence[str], patches_BNF: Tensor, keep_BN: Tensor) -> Prefix:
         image_B = torch.ones(len(patches_BNF), dtype=torch.bool)
         keep_BN = keep_BN.to(patches_BNF.device)
         if self.config.mask_mode == "zero":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from iomm.data import shard_command
-from iomm.evaluation import status
+from iomm.evaluation import edit_command, status
 from iomm.evaluation.shapes import command as shapes_command
 from iomm.launch import slurm as launch_slurm
 from iomm.plan import command as plan_command
@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     rebuild.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1: none (default)")
     rebuild.add_argument("-o", "--output", type=Path, default=Path("reconstruction.png"))
+
+    edit = add("edit", _edit, edit_command.DESCRIPTION)
+    _checkpoint_arguments(edit)
+    edit_command.add_arguments(edit)
 
     report = add("report", _report, "write a run's report: one self-contained HTML file")
     report.add_argument("run", type=Path)
@@ -311,6 +315,13 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _edit(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.generator import open_generator
+
+    edit_command.check_settings(arguments)
+    return edit_command.run(arguments, open_generator(arguments.checkpoint, ema=not arguments.raw))
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from iomm.evaluation.report import build_report
 
@@ -400,6 +411,7 @@ def _evaluate_shapes(arguments: argparse.Namespace) -> int:
     from iomm.checkpoint.generator import open_generator
     from iomm.checkpoint.sharded import find, read_info
 
+    edit_command.check_settings(arguments)
     config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
     step = read_info(find(arguments.checkpoint)).step
     about = {"run": config.name, "step": step, "ema": not arguments.raw}

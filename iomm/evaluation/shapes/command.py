@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iomm.evaluation import edit_command
+
 if TYPE_CHECKING:
     from iomm.data.shard_writer import Progress
     from iomm.encoders import Encoders
@@ -44,10 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `iomm evaluate shapes`, beside the checkpoint's."""
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none (default 3)")
-    parser.add_argument("--per-category", type=int, default=40, help="prompts of each (default 40)")
+    parser.add_argument(
+        "--edits",
+        action="store_true",
+        help="have scenes edited instead (recolour, add, remove, move, count), zero-shot",
+    )
+    parser.add_argument(
+        "--per-category", type=int, default=40, help="prompts of each, or edits of each action (default 40)"
+    )
     parser.add_argument("--images-per-prompt", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="pictures painted at once (default 32)")
     parser.add_argument("-o", "--output", type=Path, default=Path("shapes"), help="folder of the results")
+    edit_command.add_settings(parser.add_argument_group("with --edits"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,8 +120,10 @@ def evaluate(
     Args:
         about: what was opened, for the record.
     Raises:
-        ValueError: as in `evaluate_shapes`.
+        ValueError: as in `evaluate_shapes` and `evaluate_edits`.
     """
+    if arguments.edits:
+        return _evaluate_edits(arguments, system, encoders, about)
     from iomm.evaluation.shapes.evaluation import (
         EvaluationOptions,
         describe,
@@ -133,4 +145,32 @@ def evaluate(
     about = {**about, "weights": weights_digest(system)}
     write_evaluation(arguments.output, found, images_NHW3, options, about)
     sys.stdout.write(f"{describe(found)}{arguments.output}\n")
+    return 0
+
+
+def _evaluate_edits(
+    arguments: argparse.Namespace, system: "System", encoders: "Encoders", about: dict[str, Any]
+) -> int:
+    from iomm.evaluation.shapes.edit_evaluation import (
+        EditOptions,
+        describe_edits,
+        evaluate_edits,
+        write_edits,
+    )
+    from iomm.evaluation.shapes.evaluation import weights_digest
+
+    options = EditOptions(
+        per_action=arguments.per_category,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        mask_ratio=arguments.mask_ratio,
+        image_guidance=arguments.image_guidance,
+        text_guidance=arguments.text_guidance,
+        aux_prompt=arguments.aux_prompt,
+        method=arguments.method,
+        batch_images=arguments.batch,
+    )
+    edited = evaluate_edits(system, encoders, options)
+    write_edits(arguments.output, edited, options, {**about, "weights": weights_digest(system)})
+    sys.stdout.write(f"{describe_edits(edited.score)}{arguments.output}\n")
     return 0

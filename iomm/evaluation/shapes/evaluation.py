@@ -92,12 +92,12 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "pictures.npy", images_NHW3)
     spread = np.linspace(0, len(images_NHW3) - 1, min(_SHOWN, len(images_NHW3))).round().astype(int)
-    said = [
+    captions = [
         f"{'+' if found.verdicts[n].correct else '-'} {found.prompts[n // found.images_per_prompt].text}"
         for n in spread
     ]
     sheet = torch.from_numpy(images_NHW3[spread]).permute(0, 3, 1, 2)
-    save_png(image_grid(sheet, 8, said), folder / "pictures.png")
+    save_png(image_grid(sheet, 8, captions), folder / "pictures.png")
     write_verdicts(found, folder / "verdicts.jsonl")
     record = {
         **about,
@@ -106,9 +106,14 @@ def write_evaluation(
         "prompts_sha256": prompts_digest(found.prompts),
         **found.to_dict(),
     }
-    part = folder / "scores.json.part"
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(folder / "scores.json")
+    write_whole(folder / "scores.json", json.dumps(record, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -130,11 +135,12 @@ def describe(found: Score) -> str:
     """The scores as a small table."""
     rows = []
     for split, of in found.splits.items():
-        rows.append(f"{split:17} overall         {_said(of.overall)}")
-        rows += [f"{'':17} {category:15} {_said(interval)}" for category, interval in of.categories.items()]
-        rows.append(f"{'':17} nothing else    {_said(of.exact)}")
+        rows.append(f"{split:17} overall         {said(of.overall)}")
+        rows += [f"{'':17} {category:15} {said(interval)}" for category, interval in of.categories.items()]
+        rows.append(f"{'':17} nothing else    {said(of.exact)}")
     return "\n".join(rows) + "\n"
 
 
-def _said(interval: Interval) -> str:
+def said(interval: Interval) -> str:
+    """A score with its interval."""
     return f"{interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]"

@@ -1,6 +1,6 @@
 """Damaged inputs through `iomm shard make`, `iomm shard index` and the loader: `make fuzz-data`.
 
-    python -m tools.fuzz_data [--inputs 10000] [--seed 0] [--only 17 --only 18]
+    python -m tools.fuzz_data [--inputs 10000] [--first 0] [--seed 0] [--only 17 --only 18]
 
 Prints a table by kind of input and outcome. What is not accounted for (a crash, a hang, too much memory, an
 image lost in silence, an error that is no message) is written to --out with its files, and the exit status is
@@ -28,6 +28,7 @@ def main() -> int:
     """Run the inputs; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input (default 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, action="append", help="the number of an input; may be repeated")
     parser.add_argument("--decode", choices=DECODERS, action="append", help="(default: both)")
@@ -37,7 +38,7 @@ def main() -> int:
     if arguments.out.exists():
         shutil.rmtree(arguments.out)
     table, begun = Table(arguments.seed), time.monotonic()
-    numbers = arguments.only or range(arguments.inputs)
+    numbers = arguments.only or range(arguments.first, arguments.first + arguments.inputs)
     decoders = arguments.decode or (DECODERS if dali_installed() else DECODERS[:1])
     console = Console(stderr=True)
     stopped = False

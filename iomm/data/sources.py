@@ -116,7 +116,7 @@ class TarSource:
         rejected: dict[str, Rejected] = {}
         for member in self._members(rejected):
             name, key, suffix = _split(member.name)
-            if not key.rpartition("/")[2]:
+            if name.rpartition("/")[2].startswith("."):
                 continue  # hidden, such as the ._KEY.jpg that macOS adds
             keys.setdefault(key, name)
             place = Place(self.path, member.offset, member.size)

@@ -84,6 +84,13 @@ def test_a_tail_of_zeros_as_an_unfinished_download_leaves_it_is_a_torn_shard(tmp
     assert [type(entry) is Rejected for entry in entries] == [False, True]
 
 
+def test_a_file_named_as_a_folder_is_rejected_and_not_forgotten(tmp_path, png):
+    path = tmp_path / "set.tar"
+    path.write_bytes(tars.tar([(b"a.png", png(1)), (b"b.png/", png(2)), (b"._a.png", b"macOS")]))
+    [rejected] = [entry for entry in TarSource(str(path), Limits()).items() if isinstance(entry, Rejected)]
+    assert rejected.name == f"{path}: b.png/" and rejected.reason.startswith("no image")
+
+
 def test_a_second_image_of_a_key_is_said_to_be_left_out(tmp_path, png, caplog):
     path = tmp_path / "set.tar"
     path.write_bytes(tars.tar([(b"a.png", png(1)), (b"a.jpg", b"another")]))

@@ -188,6 +188,8 @@ def extended(draft: Draft) -> Case:
     data = (before + cases[what] if draft.rng.random() < 0.7 else cases[what] + before) + after + END
     # Renamed or resized, its bytes cannot be told from what the header says they are.
     swallows = what in (
+        "length too large",
+        "no line end",
         "size more",
         "size for all",
         "for all that follow",

@@ -33,7 +33,7 @@ from iomm.evaluation.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, Scene, Th
 RADII = {1: (0.19, 0.33), 2: (0.16, 0.22), 3: (0.155, 0.18), 4: (0.155, 0.165)}  # by the number of things
 RIM = 3.5 / 64  # of the side, free of things
 GAP = 4.5 / 64  # between things
-MIN_CONTRAST = 45.0  # of a thing with the background, in CIELAB
+MIN_CONTRAST = 50.0  # of a thing with the background, in CIELAB
 MIN_CLEAR = 0.8  # share of the distance that a named relation has; 0.5 would do for it to hold
 BACKGROUND_SHARES = {"white": 0.5, "grey": 0.125, "sand": 0.125, "sky": 0.125, "mint": 0.125}
 _COUNTED_SHARE = 0.3  # of the unlabeled images: two to four of one kind; the others: one to four of any

@@ -106,7 +106,7 @@ def recipe(first: Literal["image", "pair"], second: Stream | None, root: Path, *
         mix_ratio=MIX_RATIO[second or first],
         seed=2 * seed + (second is not None),  # the second stage draws anew
     )
-    shards = {part: (str(folder / "shapes" / f"{part}-*.tar"),) for part in ("images", "pairs", "heldout")}
+    shards = {part: (str(folder / "shapes" / part / "set.index"),) for part in ("images", "pairs", "heldout")}
     data = dataclasses.replace(config.data, **shards, cache_dir=str(folder / "cache"))
     start = None if second is None else str(folder / "runs" / f"{first}-seed{seed}")
     train = dataclasses.replace(

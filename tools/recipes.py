@@ -30,6 +30,7 @@ from iomm.presets import Stream, recipe
 ROOT = Path(__file__).resolve().parents[1]
 First = Literal["image", "pair"]
 IMAGES, PAIRS = 20_000, 4_000  # unlabeled images; the fixed set of pairs
+IMAGES_PER_PROMPT = 2
 SETS = ("recipes", "ablation", "mask", "mix")
 MASK_RATIOS = (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)
 MIX_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -121,7 +122,7 @@ class Bench:
         return state.is_file() and json.loads(state.read_text()).get("state") == "done"
 
     def score_file(self, run: Run) -> Path:
-        return self.folder / "scores" / self.config(run).name / "score.json"
+        return self.folder / "scores" / self.config(run).name / "scores.json"
 
     def score(self, run: Run) -> dict[str, Any] | None:
         """What `iomm evaluate shapes` found; None if it has not run yet."""
@@ -163,6 +164,7 @@ class Bench:
         """
         left = list(dict.fromkeys([o for run in wanted if (o := run.origin)] + list(wanted)))
         running: dict[Run, subprocess.Popen[bytes]] = {}
+        done: dict[Run, list[str]] = {}  # the last command of each run that ended well
         try:
             while left or running:
                 for run, process in list(running.items()):
@@ -170,7 +172,12 @@ class Bench:
                         continue
                     del running[run]
                     if process.returncode:
-                        raise RuntimeError(f"{self.name(run)} failed: see {self.log(run)}")
+                        last = self.log(run).read_text(errors="replace").strip().splitlines()[-1:]
+                        raise RuntimeError(f"{self.name(run)} failed: see {self.log(run)}: {' '.join(last)}")
+                    if done.get(run) == self.next_command(run) is not None:
+                        raise RuntimeError(
+                            f"{self.name(run)} is as before its last command: see {self.log(run)}"
+                        )
                     say(f"{self.name(run)}: {self.state(run)}")
                 left = [run for run in left if run in running or self.next_command(run) is not None]
                 ready = [
@@ -179,7 +186,7 @@ class Bench:
                     if run not in running and (run.origin is None or self.trained(run.origin))
                 ]
                 for run in ready[: jobs - len(running)]:
-                    running[run] = self.start(run)
+                    running[run], done[run] = self.start(run)
                     say(f"{self.name(run)}: {self.state(run)}")
                 if running:
                     time.sleep(LOOK_EVERY_S)
@@ -189,19 +196,17 @@ class Bench:
             for process in running.values():
                 process.wait()
 
-    def start(self, run: Run) -> "subprocess.Popen[bytes]":
+    def start(self, run: Run) -> "tuple[subprocess.Popen[bytes], list[str]]":
         command = self.next_command(run)
         assert command is not None
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then asks each run to save.
-            return subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+        return process, command
 
     def name(self, run: Run) -> str:
         return self.config(run).name
@@ -236,9 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--train-set", action="append", default=[], metavar="A.B=VALUE", help="for every run")
+    parser.add_argument("--evaluate", nargs="*", default=[], help="more of `iomm evaluate shapes`")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)
-    bench = Bench(ROOT, arguments.train_set)
+    evaluate = ["--images-per-prompt", str(IMAGES_PER_PROMPT), *arguments.evaluate]
+    bench = Bench(ROOT, arguments.train_set, evaluate)
 
     def say(line: str) -> None:
         sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {line}\n")

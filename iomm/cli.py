@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iomm.data import shard_command
 from iomm.evaluation import edit_command, status
+from iomm.evaluation.benches import command as benches_command
 from iomm.evaluation.shapes import command as shapes_command
 from iomm.launch import slurm as launch_slurm
 from iomm.plan import command as plan_command
@@ -194,6 +195,15 @@ def _parser() -> argparse.ArgumentParser:
     shapes.set_defaults(command=_evaluate_shapes)
     _checkpoint_arguments(shapes)
     shapes_command.add_evaluate_arguments(shapes)
+    text = benches_command.GENERATE
+    generate = evaluations.add_parser("generate", help=text, description=text)
+    generate.set_defaults(command=_evaluate_generate)
+    _checkpoint_arguments(generate)
+    benches_command.add_generate_arguments(generate)
+    text = benches_command.READ
+    read = evaluations.add_parser("read", help=text, description=text)
+    read.set_defaults(command=benches_command.read)
+    benches_command.add_read_arguments(read)
 
     status.add_arguments(add("status", status.run, status.DESCRIPTION))
 
@@ -416,6 +426,22 @@ def _evaluate_shapes(arguments: argparse.Namespace) -> int:
     step = read_info(find(arguments.checkpoint)).step
     about = {"run": config.name, "step": step, "ema": not arguments.raw}
     return shapes_command.evaluate(arguments, system, encoders, about)
+
+
+def _evaluate_generate(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.folder import run_of
+    from iomm.checkpoint.generator import open_generator
+    from iomm.checkpoint.sharded import find, read_info
+
+    config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
+    run_dir = run_of(arguments.checkpoint)
+    about = {
+        "run": config.name,
+        "run_dir": None if run_dir is None else str(run_dir),
+        "step": read_info(find(arguments.checkpoint)).step,
+        "ema": not arguments.raw,
+    }
+    return benches_command.generate(arguments, config.data.image_px, system, encoders, about)
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> int:

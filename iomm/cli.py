@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from iomm.app import command as app_command
 from iomm.data import shard_command
 from iomm.evaluation import edit_command, status
 from iomm.evaluation.benches import command as benches_command
@@ -103,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     edit = add("edit", _edit, edit_command.DESCRIPTION)
     _checkpoint_arguments(edit)
     edit_command.add_arguments(edit)
+
+    app_command.add_arguments(add("app", app_command.run, app_command.DESCRIPTION))
 
     report = add("report", _report, "write a run's report: one self-contained HTML file")
     report.add_argument("run", type=Path)

@@ -1,6 +1,8 @@
-"""What holds for every test: one thread, no network, and GPU tests that say why they are skipped."""
+"""What holds for every test: one thread, no network, and tests that say why they are skipped."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,11 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch finds no CUDA device."""
+    """Skip tests marked `gpu` where torch finds no CUDA device, those marked `browser` where there is none."""
+    if missing := _missing_for_the_page():
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason=f"no {' and no '.join(missing)} on this machine"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -25,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def _missing_for_the_page() -> list[str]:
+    missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+    chromium = any(map(shutil.which, ("chromium", "chromium-browser")))
+    return missing if chromium else [*missing, "chromium"]
 
 
 @pytest.fixture(scope="session")

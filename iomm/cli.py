@@ -6,11 +6,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from iomm.app import command as app_command
 from iomm.data import shard_command
-from iomm.evaluation import edit_command, status
+from iomm.evaluation import edit_command, reconstruction_command, status
 from iomm.evaluation.benches import command as benches_command
 from iomm.evaluation.shapes import command as shapes_command
 from iomm.launch import slurm as launch_slurm
@@ -198,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
     shapes.set_defaults(command=_evaluate_shapes)
     _checkpoint_arguments(shapes)
     shapes_command.add_evaluate_arguments(shapes)
+    text = reconstruction_command.DESCRIPTION
+    reconstruction = evaluations.add_parser("reconstruction", help=text, description=text)
+    reconstruction.set_defaults(command=_evaluate_reconstruction)
+    reconstruction_command.add_arguments(reconstruction)
     text = benches_command.GENERATE
     generate = evaluations.add_parser("generate", help=text, description=text)
     generate.set_defaults(command=_evaluate_generate)
@@ -304,9 +308,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from iomm.sampling import reconstruct
 
     ratios: list[float] = arguments.mask_ratio or [0.0, 0.5, 0.85, 1.0]
-    for ratio in ratios:
-        if not 0 <= ratio <= 1:
-            raise UsageError(f"--mask-ratio {ratio} must lie in [0, 1].")
+    reconstruction_command.check_ratios(ratios)
     config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
     image_1CHW = decode_image(arguments.image.read_bytes(), config.data.image_px)[None]
     keep = torch.cat(
@@ -422,29 +424,46 @@ def _shard(arguments: argparse.Namespace) -> int:
 
 def _evaluate_shapes(arguments: argparse.Namespace) -> int:
     from iomm.checkpoint.generator import open_generator
-    from iomm.checkpoint.sharded import find, read_info
 
     edit_command.check_settings(arguments)
-    config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
-    step = read_info(find(arguments.checkpoint)).step
-    about = {"run": config.name, "step": step, "ema": not arguments.raw}
+    about = _about(arguments.checkpoint, ema=not arguments.raw)
+    _, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
     return shapes_command.evaluate(arguments, system, encoders, about)
 
 
 def _evaluate_generate(arguments: argparse.Namespace) -> int:
-    from iomm.checkpoint.folder import run_of
     from iomm.checkpoint.generator import open_generator
-    from iomm.checkpoint.sharded import find, read_info
 
+    about = _about(arguments.checkpoint, ema=not arguments.raw)
     config, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
-    run_dir = run_of(arguments.checkpoint)
-    about = {
-        "run": config.name,
-        "run_dir": None if run_dir is None else str(run_dir),
-        "step": read_info(find(arguments.checkpoint)).step,
-        "ema": not arguments.raw,
-    }
     return benches_command.generate(arguments, config.data.image_px, system, encoders, about)
+
+
+def _evaluate_reconstruction(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.generator import open_generator
+
+    reconstruction_command.check_ratios(arguments.mask_ratio or [])
+    about = _about(arguments.checkpoint, ema=True)
+    if about["run_dir"] is None:
+        raise UsageError(
+            f"{arguments.checkpoint} lies by itself; the measurement is kept in a run's folder. Name a run, "
+            "or a checkpoint in a run's checkpoints/."
+        )
+    opened = open_generator(arguments.checkpoint, ema=True)
+    return reconstruction_command.evaluate(arguments, Path(about["run_dir"]), about["step"], opened)
+
+
+def _about(checkpoint: Path, *, ema: bool) -> dict[str, Any]:
+    """What an evaluation's records say of the checkpoint; `run_dir` is None if no run's folder holds it."""
+    from iomm.checkpoint.folder import find, read_info, run_of
+
+    info, run_dir = read_info(find(checkpoint)), run_of(checkpoint)
+    return {
+        "run": info.config["name"],
+        "run_dir": None if run_dir is None else str(run_dir),
+        "step": info.step,
+        "ema": ema,
+    }
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> int:

@@ -1,21 +1,25 @@
-"""Scores of benchmarks that a run's folder keeps, for its report.
+"""What a run's folder keeps of evaluations, for its report.
 
-RUN/scores/<bench>-<step>-<digest of judge and settings>.json    one score, whole or not at all
+RUN/scores/<bench>-<step>-<digest of judge and settings>.json    one score of a benchmark
+RUN/reconstruction/step_<step>.json                              PSNR against the mask ratio
 
-The same bench, step, judge and settings replace an older score; anything else stands beside it.
+A file is written whole or not at all. The same bench, step, judge and settings replace an older score;
+anything else stands beside it.
 """
 
 import datetime
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from iomm.evaluation.bootstrap import Interval
 
-FOLDER = "scores"
+SCORES = "scores"
+RECONSTRUCTIONS = "reconstruction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,29 @@ class BenchScore:
         Raises:
             KeyError, TypeError: not the record of a score.
         """
-        parts = {name: Interval(**interval) for name, interval in data["parts"].items()}
+        parts = {name: Interval(**data["parts"][name]) for name in data["parts"]}
         return cls(**{**data, "overall": Interval(**data["overall"]), "parts": parts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """PSNR in dB of images generated from their own tokens, with the bootstrap interval over images."""
+
+    step: int  # of the checkpoint
+    images: int
+    sampler_steps: int
+    trained_mask_ratio: float
+    ratios: list[float]  # ascending
+    psnr_db: list[Interval]  # one a ratio
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Reconstruction":
+        """What `asdict` gave.
+
+        Raises:
+            KeyError, TypeError: not the record of a reconstruction.
+        """
+        return cls(**{**data, "psnr_db": [Interval(**interval) for interval in data["psnr_db"]]})
 
 
 def leave_score(run_dir: Path, score: BenchScore) -> Path:
@@ -55,7 +80,7 @@ def leave_score(run_dir: Path, score: BenchScore) -> Path:
     digest = hashlib.sha256(what.encode()).hexdigest()[:8]
     name = re.sub(r"[^a-z0-9]+", "-", score.bench.lower()).strip("-")
     record = {**asdict(score), "written": moment}
-    return write_json(run_dir / FOLDER / f"{name}-{score.step:08d}-{digest}.json", record)
+    return write_json(run_dir / SCORES / f"{name}-{score.step:08d}-{digest}.json", record)
 
 
 def read_scores(run_dir: Path, notes: list[str]) -> dict[str, list[BenchScore]]:
@@ -64,16 +89,31 @@ def read_scores(run_dir: Path, notes: list[str]) -> dict[str, list[BenchScore]]:
     Unreadable files are left out and appended to `notes`.
     """
     found: dict[str, list[BenchScore]] = {}
-    for path in sorted((run_dir / FOLDER).glob("*.json")):
-        try:
-            score = BenchScore.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{FOLDER}/{path.name} is no score and left out ({error!r}).")
-            continue
-        found.setdefault(score.bench, []).append(score)
+    for path in sorted((run_dir / SCORES).glob("*.json")):
+        score = _read(path, BenchScore.from_dict, notes)
+        if score is not None:
+            found.setdefault(score.bench, []).append(score)
     for scores in found.values():
         scores.sort(key=lambda score: (score.step, score.written), reverse=True)
     return dict(sorted(found.items()))
+
+
+def read_reconstruction(run_dir: Path, notes: list[str]) -> Reconstruction | None:
+    """The readable one of the highest step, or None; unreadable ones above it are appended to `notes`."""
+    for path in sorted((run_dir / RECONSTRUCTIONS).glob("step_*.json"), reverse=True):
+        found = _read(path, Reconstruction.from_dict, notes)
+        if found is not None:
+            return found
+    return None
+
+
+def _read[T](path: Path, from_dict: Callable[[dict[str, Any]], T], notes: list[str]) -> T | None:
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        name = f"{path.parent.name}/{path.name}"
+        notes.append(f"{name} is not what iomm writes there and left out ({type(error).__name__}: {error}).")
+        return None
 
 
 def write_json(path: Path, record: dict[str, Any]) -> Path:

@@ -347,7 +347,7 @@ def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) ->
         if not conducts or t.watch is None:
             return
         if evaluates:
-            screen.say(f"step {step}  " + t.watch.evaluate(t.system, t.run, step))
+            screen.say(f"step {step}  " + t.watch.evaluate(t.system, t.run, step, last=last))
         if paints:
             t.watch.paint(t.system, t.run, step)
 

@@ -14,6 +14,7 @@ from iomm.data.shards import ShardSet
 from iomm.encoders import Encoded, Encoders
 from iomm.evaluation.grid import image_grid, save_png
 from iomm.evaluation.heldout import CONDITIONS, EVAL_SEED, copying, heldout_loss
+from iomm.evaluation.reconstruction import leave_reconstruction, measure
 from iomm.parallel.mesh import Mesh
 from iomm.sampling import paint
 from iomm.system import System
@@ -68,8 +69,12 @@ class Watch:
         grid_batch = batch.take(spaced(GRID_IMAGES, samples))
         return cls(config, encoders, mesh, items, samples, grid_batch, seen + heldout)
 
-    def evaluate(self, system: System, run: Run, step: int) -> str:
-        """Log held-out losses and the copying check; returns a line for the screen."""
+    def evaluate(self, system: System, run: Run, step: int, *, last: bool) -> str:
+        """Log held-out losses and the copying check; returns a line for the screen.
+
+        Args:
+            last: of the run, which also leaves the reconstruction at other mask ratios than the trained one.
+        """
         loss = heldout_loss(system, self.encoders, self.items, self.mesh, self.samples)
         check, masked, null = copying(
             system,
@@ -87,6 +92,8 @@ class Watch:
         run.log("eval", step, **record)
         if run.writes:
             self._save_reconstructions(run, step, masked, null)
+        if last:
+            self._reconstruct(system, run, step)
         line = "held-out velocity loss  " + "  ".join(f"{name} {loss.mean[name]:.4f}" for name in CONDITIONS)
         return line if check.reason is None else f"{line}\nCOPYING ALARM: {check.reason}"
 
@@ -101,6 +108,16 @@ class Watch:
             image_grid(pictures, n, captions, cell_px=96),
             run.dir / f"samples/step_{step:06d}_reconstruction.png",
         )
+
+    def _reconstruct(self, system: System, run: Run, step: int) -> None:
+        """Measure reconstruction against the mask ratio. All ranks compute it, rank 0 writes."""
+        image_BCHW, index_B = self.grid_batch.image_BCHW, self.grid_batch.index_B
+        sampler_steps = self.config.train.sample_steps
+        found, pictures = measure(
+            system, self.encoders, image_BCHW, index_B, step=step, sampler_steps=sampler_steps
+        )
+        if run.writes:
+            leave_reconstruction(run.dir, found, pictures, image_BCHW)
 
     def paint(self, system: System, run: Run, step: int) -> None:
         """Save the grid of the example prompts. All ranks compute it (tensor parallelism needs them), rank 0

@@ -22,6 +22,7 @@ from iomm.checkpoint.folder import (
     publish,
     read_info,
     remove_leftovers,
+    run_of,
     write_info,
 )
 from iomm.config import CodecConfig, Config, DataConfig, GeneratorConfig, MllmConfig, TrainConfig
@@ -71,6 +72,12 @@ def test_a_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
 def test_a_run_its_checkpoints_and_one_checkpoint_all_name_a_checkpoint(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "run" / "checkpoints", 5)
     assert find(tmp_path / "run") == find(tmp_path / "run" / "checkpoints") == find(path) == path
+
+
+def test_a_checkpoint_knows_its_run_unless_it_lies_by_itself(tmp_path: Path) -> None:
+    inside = checkpoint(tmp_path / "run" / "checkpoints", 3)
+    assert run_of(inside) == run_of(tmp_path / "run") == tmp_path / "run"
+    assert run_of(checkpoint(tmp_path / "copies", 3)) is None
 
 
 def test_a_path_without_a_checkpoint_says_what_to_name(tmp_path: Path) -> None:

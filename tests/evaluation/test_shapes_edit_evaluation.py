@@ -1,6 +1,7 @@
 """`iomm evaluate shapes --edits`, from the command line to the files."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from iomm.cli import main
+from iomm.evaluation.scores import read_scores
 from iomm.evaluation.shapes import edit_evaluation
 from iomm.evaluation.shapes.edit_evaluation import EditOptions, describe_edits, evaluate_edits
 from iomm.evaluation.shapes.edits import draw_edit
@@ -56,6 +58,8 @@ def test_a_checkpoint_is_scored_from_the_command_line(world, mesh, tmp_path, cap
     assert "rest kept" in capsys.readouterr().out
     record = json.loads((out / "edits.json").read_text())
     assert (record["run"], record["step"], record["options"]["mask_ratio"]) == ("run", 7, 0.25)
+    [kept] = read_scores(Path(record["run_dir"]), [])["shapes, edits"]
+    assert (kept.prompts, kept.settings["mask ratio"]) == (5, 0.25) and "recolour" in kept.parts
     assert record["overall"]["mean"] == 0 and len(record["actions"]) == 5  # random weights paint no shapes
     lines = [json.loads(line) for line in (out / "edit_verdicts.jsonl").read_text().splitlines()]
     assert [line["instruction"] for line in lines] == [draw_edit(0, n).text for n in range(5)]

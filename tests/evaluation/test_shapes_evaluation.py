@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from iomm.cli import main
+from iomm.evaluation.scores import read_scores
 from iomm.evaluation.shapes import evaluation
 from iomm.evaluation.shapes.evaluation import EvaluationOptions, evaluate_shapes
 from iomm.evaluation.shapes.prompts import benchmark
@@ -51,6 +52,11 @@ def test_a_checkpoint_is_scored_from_the_command_line(world, mesh, tmp_path, cap
     assert [line["prompt"] for line in verdicts] == [prompt.text for prompt in benchmark(1)]
     assert np.load(out / "pictures.npy").shape == (9, 32, 32, 3)
     assert (out / "pictures.png").is_file()
+    kept = read_scores(run, [])
+    assert list(kept) == ["shapes, heldout kind", "shapes, heldout relation", "shapes, seen"]
+    seen = kept["shapes, seen"][0]
+    assert (seen.step, seen.prompts, seen.settings["guidance"], seen.overall.mean) == (7, 6, 1.0, 0)
+    assert list(seen.parts)[:2] == ["single object", "two object"]
 
 
 def test_a_world_is_made_and_the_detector_checked_from_the_command_line(world, tmp_path, capsys):

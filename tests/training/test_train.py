@@ -40,8 +40,10 @@ def test_a_run_leaves_curves_grids_checkpoints_and_its_description(finished):
     assert {p.name for p in (run / "samples").iterdir()} == {
         "step_000006_reconstruction.png",
         "step_000012_reconstruction.png",
+        "step_000012_by_mask_ratio.png",
         "step_000012_text.png",
     }
+    assert [p.name for p in (run / "reconstruction").iterdir()] == ["step_00000012.json"]
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step_{n:08d}" for n in (4, 8, 12)]
     described = json.loads((run / "run.json").read_text())
     assert described["config"] == json.loads(json.dumps(finished.to_dict()))

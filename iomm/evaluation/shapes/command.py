@@ -11,6 +11,7 @@ from iomm.evaluation import edit_command
 if TYPE_CHECKING:
     from iomm.data.shard_writer import Progress
     from iomm.encoders import Encoders
+    from iomm.evaluation.scores import BenchScore
     from iomm.system import System
 
 DESCRIPTION = "the shapes world: a benchmark of text-to-image generation that needs no judge"
@@ -118,7 +119,8 @@ def evaluate(
     """Run `iomm evaluate shapes` on an opened checkpoint.
 
     Args:
-        about: what was opened, for the record.
+        about: what was opened, for the record; with its `step`, whether it is the `ema`, and the `run_dir`
+            that keeps the scores for its report (None: no run does).
     Raises:
         ValueError: as in `evaluate_shapes` and `evaluate_edits`.
     """
@@ -131,6 +133,7 @@ def evaluate(
         weights_digest,
         write_evaluation,
     )
+    from iomm.evaluation.shapes.kept import shapes_scores
 
     options = EvaluationOptions(
         per_category=arguments.per_category,
@@ -144,8 +147,17 @@ def evaluate(
     found, images_NHW3 = evaluate_shapes(system, encoders, options)
     about = {**about, "weights": weights_digest(system)}
     write_evaluation(arguments.output, found, images_NHW3, options, about)
+    _keep(shapes_scores(found, options, about), about)
     sys.stdout.write(f"{describe(found)}{arguments.output}\n")
     return 0
+
+
+def _keep(scores: "list[BenchScore]", about: dict[str, Any]) -> None:
+    from iomm.evaluation.scores import leave_score
+
+    for score in scores:
+        if about["run_dir"] is not None:
+            leave_score(Path(about["run_dir"]), score)
 
 
 def _evaluate_edits(
@@ -158,6 +170,7 @@ def _evaluate_edits(
         write_edits,
     )
     from iomm.evaluation.shapes.evaluation import weights_digest
+    from iomm.evaluation.shapes.kept import edit_scores
 
     options = EditOptions(
         per_action=arguments.per_category,
@@ -172,5 +185,6 @@ def _evaluate_edits(
     )
     edited = evaluate_edits(system, encoders, options)
     write_edits(arguments.output, edited, options, {**about, "weights": weights_digest(system)})
+    _keep(edit_scores(edited.score, options, about), about)
     sys.stdout.write(f"{describe_edits(edited.score)}{arguments.output}\n")
     return 0

@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from iomm.evaluation.bootstrap import Interval
 from iomm.evaluation.runlog import Record
+from iomm.evaluation.scores import BenchScore, Reconstruction
 
 # (light, dark[, line style]): Okabe-Ito colours serve without colour vision, the styles without any colour.
 CONDITIONS = {
@@ -26,9 +28,15 @@ PARTS = {
     "vit": ("#009E73", "#2BC59A"),
     "vae": ("#CC79A7", "#E3A5C7"),
 }
+# Likeness of generated pictures to input pictures, by the key that the log has it under.
+LIKENESS = {
+    "psnr_image_db": ("masked image, to its own image", *CONDITIONS["image"]),
+    "psnr_null_db": ("null, to its own image", *CONDITIONS["null"]),
+    "psnr_null_other_db": ("null, to other images", "#CC79A7", "#E3A5C7", "-."),
+}
 INK, LINES = ("#1b1f24", "#e6e8eb"), ("#d0d5db", "#3a4048")  # light, dark
 MAX_POINTS = 2000  # of one curve; a longer one is thinned out
-SIZE_IN = (5.2, 3.0)  # small, so that the text is still readable at the width of a phone
+SIZE_IN = (4.4, 2.6)  # small, so that the text is still readable at the width of a phone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +145,54 @@ def timestep_curve(record: Record) -> Picture:
     return picture(draw, alt=f"Held-out velocity loss at {len(times)} timesteps, step {record['step']}.")
 
 
+def copying_curve(evals: Sequence[Record]) -> Picture:
+    """PSNR over steps of generated pictures, as the copying check takes it."""
+    lines = {key: series(evals, "copying", key) for key in LIKENESS}
+    lines = {key: (steps, db) for key, (steps, db) in lines.items() if len(steps)}
+
+    def draw(ax: Axes, dark: int) -> None:
+        for key, (steps, db) in lines.items():
+            label, *colors, style = LIKENESS[key]
+            ax.plot(steps, db, style, marker="o", markersize=3, color=colors[dark], label=label)
+        ax.set(xlabel="step", ylabel="PSNR, dB")
+        _legend_above(ax, 1)
+
+    ends = [f"{LIKENESS[key][0]} ends at {db[-1]:.4g} dB" for key, (_, db) in lines.items()]
+    return picture(draw, alt=f"Likeness of generated pictures to input pictures: {'; '.join(ends)}.")
+
+
+def reconstruction_curve(found: Reconstruction) -> Picture:
+    """PSNR against the mask ratio with its interval; the null condition and the trained ratio as lines."""
+    null = dict(zip(found.ratios, found.psnr_db, strict=True)).get(1.0)
+
+    def draw(ax: Axes, dark: int) -> None:
+        *colors, style = CONDITIONS["image"]
+        _line_with_interval(ax, found.ratios, found.psnr_db, colors[dark], style, "masked image condition")
+        if null is not None:
+            *null_colors, null_style = CONDITIONS["null"]
+            ax.axhline(null.mean, linestyle=null_style, color=null_colors[dark], label="null condition")
+        trained = {"linestyle": "--", "linewidth": 1, "color": CONDITIONS["text"][dark]}
+        ax.axvline(found.trained_mask_ratio, label=f"trained with {found.trained_mask_ratio:g}", **trained)
+        ax.set(xlabel="mask ratio", ylabel="PSNR, dB")
+        _legend_above(ax, 2)
+
+    points = [f"{db.mean:.4g} dB at {ratio:g}" for ratio, db in zip(found.ratios, found.psnr_db, strict=True)]
+    return picture(draw, alt=f"PSNR against the mask ratio: {', '.join(points)}.")
+
+
+def score_curve(scores: Sequence[BenchScore]) -> Picture:
+    """Overall score of one benchmark over steps, with its interval."""
+    overall = [score.overall for score in scores]
+
+    def draw(ax: Axes, dark: int) -> None:
+        *colors, style = CONDITIONS["image"]
+        _line_with_interval(ax, [score.step for score in scores], overall, colors[dark], style, "overall")
+        ax.set(xlabel="step", ylabel=f"score (best: {scores[0].best:g})")
+
+    ends = f"from {overall[0].mean:.4g} to {overall[-1].mean:.4g}"
+    return picture(draw, alt=f"Overall score of {scores[0].bench} over steps, {ends}.")
+
+
 def throughput_curve(records: Sequence[Record]) -> Picture:
     """TFLOP/s over steps, stacked by part."""
     shown = records[:: 1 + len(records) // MAX_POINTS]
@@ -149,7 +205,7 @@ def throughput_curve(records: Sequence[Record]) -> Picture:
         colors = [PARTS[name][dark] for name in stack]
         ax.stackplot(steps, list(stack.values()), labels=list(stack), colors=colors, alpha=0.85)
         ax.set(xlabel="step", ylabel="TFLOP/s", ylim=(0, None))
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stack), columnspacing=1.2)
+        _legend_above(ax, len(stack))
 
     means = [f"{name} {np.median(value):.3g}" for name, value in stack.items()]
     return picture(draw, alt=f"TFLOP/s over steps by part; medians: {', '.join(means)}.")
@@ -158,6 +214,17 @@ def throughput_curve(records: Sequence[Record]) -> Picture:
 def _condition_line(ax: Axes, dark: int, name: str, x: Sequence[float] | np.ndarray, y: np.ndarray) -> None:
     *colors, style = CONDITIONS[name]
     ax.plot(x, y, style, marker="o", markersize=3, color=colors[dark], label=f"{name} condition")
+
+
+def _line_with_interval(
+    ax: Axes, x: Sequence[float], y: Sequence[Interval], color: str, style: str, label: str
+) -> None:
+    ax.fill_between(x, [i.low for i in y], [i.high for i in y], color=color, alpha=0.2, linewidth=0)
+    ax.plot(x, [i.mean for i in y], style, marker="o", markersize=3.5, color=color, label=label)
+
+
+def _legend_above(ax: Axes, columns: int) -> None:
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2)
 
 
 def _span(values: np.ndarray) -> str:

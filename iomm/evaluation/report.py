@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from iomm.evaluation import figures
+from iomm.evaluation.measured import bench_sections, reconstruction_section
 from iomm.evaluation.runlog import Record, RunLog, read_run
+from iomm.evaluation.scores import read_reconstruction, read_scores
 from iomm.evaluation.status import Follower, rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -52,7 +54,7 @@ def build_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, data_uri=svg_uri, plain=plain)
+    environment.filters.update(number=number, data_uri=svg_uri, plain=plain, fixed=fixed)
     page = environment.get_template(TEMPLATE.name).render(page_content(log))
     out = run_dir / "report.html"
     part = run_dir / "report.html.part"
@@ -67,6 +69,7 @@ def page_content(log: RunLog) -> dict[str, Any]:
     shown, left_out = _shown_steps(sorted(log.grids))
     notes = list(log.notes)
     throughput_rows = _throughput_rows(log.train)
+    rebuilt = read_reconstruction(log.folder, notes)
     return {
         "name": log.run.get("name") or log.folder.resolve().name,
         "run": log.run,
@@ -79,6 +82,9 @@ def page_content(log: RunLog) -> dict[str, Any]:
         "heldout_rows": _heldout_rows(log.evals),
         "timestep": _timestep_figure(log.evals),
         "copying": _last(log.evals, "copying"),
+        "copying_curve": figures.copying_curve(log.evals) if _has(log.evals, "copying") else None,
+        "reconstruction": reconstruction_section(rebuilt) if rebuilt is not None else None,
+        "benches": bench_sections(read_scores(log.folder, notes)),
         "grids": [(step, list(_grids(log, step, notes))) for step in reversed(shown)],
         "grids_left_out": left_out,
         "throughput": figures.throughput_curve(log.train) if throughput_rows else None,
@@ -103,6 +109,11 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, int) or abs(value) >= 10**digits:
         return f"{value:,.0f}" if math.isfinite(value) else str(value)
     return f"{value:.{digits}g}"
+
+
+def fixed(value: float, best: float) -> str:
+    """A score with three digits: 0.523 of 1, 3.21 of 5, 61.4 of 100."""
+    return f"{value:.{3 if best <= 1 else 2 if best <= 10 else 1}f}"
 
 
 def plain(value: Any) -> str:

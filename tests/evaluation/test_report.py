@@ -110,7 +110,7 @@ def test_a_full_run_shows_every_section_and_needs_nothing_from_outside(tmp_path:
     page = report_of(run)
     assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
     assert sum(a.startswith("data:image/png") for a in page.addresses) == 2
-    assert sum(a.startswith("data:image/svg") for a in page.addresses) == 2 * 5
+    assert sum(a.startswith("data:image/svg") for a in page.addresses) == 2 * 6
     for phrase in (
         "500 of 1,000",
         "12.5 % below the null condition",
@@ -134,6 +134,8 @@ def test_an_empty_run_says_of_every_part_that_it_is_missing(tmp_path: Path) -> N
         "No training step was logged.",
         "No held-out evaluation was logged.",
         "The copying check was not logged.",
+        "Not measured. A run with held-out samples measures it at its end",
+        "No benchmark was scored.",
         "No grid of pictures was written.",
         "run.json is missing",
         "Throughput by part was not logged.",

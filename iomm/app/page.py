@@ -43,9 +43,24 @@ class _Controls:
         return [self.steps, self.seed, self.method]
 
     def on_run(self, make: Callable[..., Iterator[Shown]], inputs: list[Any]) -> None:
-        """Show what `make` yields when the button is pressed, until it is stopped."""
-        event = self.run.click(
-            make,
+        """Show what `make` yields when the button is pressed, until it is stopped: at the next preview, for
+        a step that runs cannot be interrupted."""
+        stopped: set[str] = set()  # sessions
+
+        def run(request: gr.Request, *values: Any) -> Iterator[Shown]:
+            session = str(request.session_hash)
+            stopped.discard(session)
+            for image, said in make(*values):
+                if session in stopped:
+                    yield image, f"{said}; stopped"
+                    return
+                yield image, said
+
+        def stop(request: gr.Request) -> None:
+            stopped.add(str(request.session_hash))
+
+        self.run.click(
+            run,
             [*inputs, *self.sampling],
             [self.picture, self.status],
             concurrency_limit=1,
@@ -53,7 +68,7 @@ class _Controls:
             show_progress="minimal",
             api_visibility="private",
         )
-        self.stop.click(None, cancels=[event], api_visibility="private")
+        self.stop.click(stop, queue=False, api_visibility="private")
 
 
 def build_page(studio: Studio, title: str) -> gr.Blocks:

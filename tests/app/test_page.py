@@ -95,11 +95,27 @@ def test_a_prompt_becomes_a_picture_that_changes_with_the_seed(page):
     assert page.elsewhere == []
 
 
+def test_a_user_watches_a_trajectory_and_stops_it(page):
+    page.get_by_role("tab", name="Prompt").click()
+    page.fill("#prompt textarea", "red ball")
+    set_number(page, "prompt-steps", 250)
+    page.begun += 1
+    page.click("#prompt-run")
+    page.locator("#prompt-status", has_text=re.compile(r"step \d+ of 250, as estimated so far")).wait_for()
+    page.click("#prompt-stop")
+    page.locator("#prompt-status", has_text="stopped").wait_for()
+    set_number(page, "prompt-steps", 2)
+    assert picture(page, "prompt").startswith(b"\x89PNG")
+
+
 def test_an_uploaded_image_is_reconstructed_from_the_tokens_left_by_the_painted_mask(page, image):
     page.get_by_role("tab", name="Reconstruct").click()
-    page.set_input_files("#reconstruct-upload input[type=file]", image)
-    set_number(page, "reconstruct-mask-ratio", 0)
     tokens, hidden = (page.locator(f"#reconstruct-grid i{which}") for which in ("", ".hidden-token"))
+    set_number(page, "reconstruct-mask-ratio", 1)
+    hidden.nth(3).wait_for()
+    page.set_input_files("#reconstruct-upload input[type=file]", image)
+    page.locator("#reconstruct-upload img").wait_for()
+    set_number(page, "reconstruct-mask-ratio", 0)
     hidden.first.wait_for(state="detached")
     assert tokens.count() == 4
     set_number(page, "reconstruct-steps", 2)
@@ -121,8 +137,9 @@ def test_an_instruction_edits_an_image_and_what_is_missing_is_said(page, image):
     page.get_by_role("tab", name="Edit").click()
     page.click("#edit-run")
     page.get_by_text("There is no image yet. Upload one.").wait_for()
+    set_number(page, "edit-mask-ratio", 0)
     page.set_input_files("#edit-upload input[type=file]", image)
-    page.locator("#edit-grid div.mask-grid[style*='data:image/webp']").wait_for()
+    page.locator("#edit-upload img").wait_for()
     page.click("#edit-run")
     page.get_by_text("the text '' has no tokens").wait_for()
     page.fill("#edit-instruction textarea, #edit-instruction input", "make it red")

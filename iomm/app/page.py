@@ -187,19 +187,22 @@ def _edit_tab(studio: Studio) -> None:
 
 
 def _masked_image(studio: Studio, name: str) -> tuple[gr.Image, gr.Slider, gr.HTML]:
-    upload = gr.Image(
-        label="Image",
-        type="filepath",
-        image_mode=None,  # the file as it is: the project's own decoder reads it
-        sources=["upload", "clipboard"],
-        buttons=["fullscreen"],
-        height=240,
-        elem_id=f"{name}-upload",
-    )
-    default = 0.5
-    ratio = gr.Slider(0, 1, default, step=0.05, label="Mask ratio", elem_id=f"{name}-mask-ratio")
+    with gr.Row():
+        upload = gr.Image(
+            label="Image",
+            type="filepath",
+            image_mode=None,  # the file as it is: the project's own decoder reads it
+            sources=["upload", "clipboard"],
+            buttons=["fullscreen"],
+            height=260,
+            min_width=200,
+            elem_id=f"{name}-upload",
+        )
+        with gr.Column(min_width=200):
+            grid = mask_grid(f"{name}-grid", studio.side_tokens)
     gr.Markdown("Paint on the grid to hide patch tokens or show them again.")
-    return upload, ratio, mask_grid(f"{name}-grid", studio.side_tokens)
+    ratio = gr.Slider(0, 1, 0.5, step=0.05, label="Mask ratio", elem_id=f"{name}-mask-ratio")
+    return upload, ratio, grid
 
 
 def _follow_mask(

@@ -125,7 +125,7 @@ def heldout_curve(evals: Sequence[Record]) -> Picture:
             if len(steps):
                 _condition_line(ax, dark, name, steps, loss)
         ax.set(xlabel="step", ylabel="held-out velocity loss")
-        ax.legend()
+        _legend_above(ax, len(lines))
 
     ends = [f"{name} ends at {loss[-1]:.4g}" for name, (_, loss) in lines.items() if len(loss)]
     return picture(draw, alt=f"Held-out velocity loss over steps: {', '.join(ends)}.")
@@ -140,7 +140,7 @@ def timestep_curve(record: Record) -> Picture:
         for name, loss in lines.items():
             _condition_line(ax, dark, name, times, loss)
         ax.set(xlabel="timestep t (0 = data, 1 = noise)", ylabel="held-out velocity loss")
-        ax.legend()
+        _legend_above(ax, len(lines))
 
     return picture(draw, alt=f"Held-out velocity loss at {len(times)} timesteps, step {record['step']}.")
 
@@ -224,7 +224,7 @@ def _line_with_interval(
 
 
 def _legend_above(ax: Axes, columns: int) -> None:
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2, handlelength=1.6)
 
 
 def _span(values: np.ndarray) -> str:

@@ -4,6 +4,7 @@
     metrics.jsonl       one JSON object a line (iomm.evaluation.runlog says which)
     quarantine.jsonl    samples that could not be used
     samples/            grids of generated pictures
+    scores/, reconstruction/    iomm.evaluation.scores
     checkpoints/        iomm.checkpoint.sharded
     lease.json          which launch may write here (iomm.checkpoint.lease)
     logs/               a log of each rank, with its stacks if it hung

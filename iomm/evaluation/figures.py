@@ -224,7 +224,9 @@ def _line_with_interval(
 
 
 def _legend_above(ax: Axes, columns: int) -> None:
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2, handlelength=1.6)
+    ax.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2, handlelength=1.6
+    )
 
 
 def _span(values: np.ndarray) -> str:

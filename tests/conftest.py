@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch finds no CUDA device, those marked `browser` where there is none."""
+    """Skip tests marked `gpu` where torch finds no CUDA device, `browser` where the page cannot be opened."""
     if missing := _missing_for_the_page():
         for item in items:
             if item.get_closest_marker("browser"):

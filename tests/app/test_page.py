@@ -95,6 +95,14 @@ def test_a_prompt_becomes_a_picture_that_changes_with_the_seed(page):
     assert page.elsewhere == []
 
 
+def test_a_port_that_is_taken_is_named(address):
+    from iomm.app.page import serve
+
+    host, port = address.removeprefix("http://").split(":")
+    with pytest.raises(OSError, match=f"cannot listen on {host}:{port}.*Choose another --host or --port"):
+        serve(None, host, int(port))  # pyright: ignore[reportArgumentType]
+
+
 def test_a_user_watches_a_trajectory_and_stops_it(page):
     page.get_by_role("tab", name="Prompt").click()
     page.fill("#prompt textarea", "red ball")

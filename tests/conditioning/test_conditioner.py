@@ -111,6 +111,30 @@ def test_hide_and_drop_give_the_same_condition(folder, captions, tokens):
         torch.testing.assert_close(gradient, out["drop"][1][name], rtol=1e-9, atol=1e-10)
 
 
+def edit_condition(folder, instructions, mode="zero", **layout):
+    mllm, conditioner = setup(folder, mask_mode=mode)
+    keep_BN = torch.arange(2 * mllm.image_tokens).view(2, -1) % 3 > 0
+    edits = PrefixBuilder(mllm, conditioner.config)
+    patches_BNF = random_patches(mllm, 2)
+    image = conditioner(mllm, edits.for_images(patches_BNF, keep_BN))[0]
+    return conditioner(mllm, edits.for_edits(patches_BNF, keep_BN, instructions, **layout))[0], image
+
+
+def test_the_instruction_of_an_edit_stands_where_the_auxiliary_prompt_does(folder):
+    with_aux, image = edit_condition(folder, [AUX, AUX])
+    assert torch.equal(with_aux, image)
+    plain, _ = edit_condition(folder, ["make it red", "remove the ball"])
+    behind, _ = edit_condition(folder, [f"make it red {AUX}", f"remove the ball {AUX}"])
+    kept, _ = edit_condition(folder, ["make it red", "remove the ball"], aux_prompt=True)
+    assert torch.equal(kept, behind) and (kept - plain).abs().max() > 1e-4
+
+
+def test_hide_and_drop_give_the_same_condition_of_an_edit(folder):
+    texts = ["make it red", "remove the ball on the table"]
+    hide, drop = (edit_condition(folder, texts, mode)[0] for mode in ("hide", "drop"))
+    torch.testing.assert_close(hide, drop, rtol=0, atol=1e-10)
+
+
 def test_zero_and_hide_differ_where_tokens_are_masked(folder):
     outs = []
     for mode in ("zero", "hide"):

@@ -207,6 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_evaluate_generate)
     _checkpoint_arguments(generate)
     benches_command.add_generate_arguments(generate)
+    text = benches_command.SCORE
+    score = evaluations.add_parser("score", help=text, description=text)
+    score.set_defaults(command=benches_command.score)
+    benches_command.add_score_arguments(score)
     text = benches_command.READ
     read = evaluations.add_parser("read", help=text, description=text)
     read.set_defaults(command=benches_command.read)

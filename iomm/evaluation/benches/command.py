@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 NAMES = ("geneval", "dpg", "wise", "wise_verified", "imgedit")
 GENERATE = "paint a benchmark's prompts into the folder that its official scorer reads"
+SCORE = "score a generated folder here: GenEval by a detector, the others by a judge that answers"
 READ = "scores with intervals from what an official scorer wrote"
 
 
@@ -52,6 +53,25 @@ def add_read_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions", type=Path, help="dpg: ELLA's dpg_bench.csv, whose first row its scorer skips"
     )
     parser.add_argument("--judge", default="official scorer", help="judge and version, for the record")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("-o", "--output", type=Path, help="the scores (default: GENERATED.scores.json)")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `iomm evaluate score`."""
+    _add_bench(parser)
+    parser.add_argument("generated", type=Path, help="the folder that `iomm evaluate generate` wrote")
+    parser.add_argument("--prompts", type=Path, help="the prompts that it was generated from")
+    parser.add_argument("--detector", type=Path, help="geneval: a folder with Mask2Former's weights")
+    parser.add_argument("--clip", type=Path, help="geneval: a folder with CLIP's weights")
+    parser.add_argument("--judge-url", help="an OpenAI-compatible endpoint (default: IOMM_JUDGE_URL)")
+    parser.add_argument("--judge-model", help="the model's name there")
+    parser.add_argument(
+        "--judge-prompt", type=Path, help="wise, imgedit: the official instruction of the judge"
+    )
+    parser.add_argument("--questions", type=Path, help="dpg: ELLA's dpg_bench.csv")
+    parser.add_argument("--originals", type=Path, help="imgedit: the folder of images that were edited")
+    parser.add_argument("--workers", type=int, default=8, help="questions under way at a time (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("-o", "--output", type=Path, help="the scores (default: GENERATED.scores.json)")
 
@@ -161,6 +181,32 @@ def read(arguments: argparse.Namespace) -> int:
     return write_result(
         result, record, arguments.judge, arguments.output or _scores_path(arguments.generated)
     )
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """Run `iomm evaluate score`.
+
+    Raises:
+        BenchError, OSError: other prompts than were generated, a folder that is not exact, or as in the
+        judges.
+    """
+    from iomm.evaluation.benches.journal import Journal
+    from iomm.evaluation.benches.layout import BenchError, digest, load_prompts, look, require_exact
+    from iomm.evaluation.benches.scoring import judge_folder
+    from iomm.evaluation.benches.summary import summarise
+    from iomm.evaluation.benches.table import BENCHES
+
+    record, bench = _record_of(arguments), BENCHES[arguments.bench]
+    prompts: Path = arguments.prompts or shipped_prompts(arguments.bench)
+    if digest(prompts) != record["prompts"]["sha256"]:
+        raise BenchError(f"{prompts} is not what {arguments.generated} was generated from. Give that file.")
+    items = load_prompts(bench, prompts, subset=not record["official"])
+    require_exact(arguments.generated, look(bench, items, arguments.generated, record["side_px"]))
+    journal = Journal(arguments.generated.with_name(arguments.generated.name + ".answers.jsonl"))
+    judge, reading, settings = judge_folder(arguments, items, journal)
+    result = summarise(bench, record["items"], reading, seed=arguments.seed)
+    path = arguments.output or _scores_path(arguments.generated)
+    return write_result(result, record, judge, path, settings)
 
 
 def write_result(

@@ -44,9 +44,8 @@ def dpg_questions(path: Path) -> Path:
     ]
     for n in range(3):
         rows.append(f'COCOval{n},"a dog, brown",,1,0,entity,whole,entity - whole (dog),Is there a dog?')
-        rows.append(
-            f'COCOval{n},"a dog, brown",,2,1,attribute,color,"attribute - color (dog, brown)",Is the dog brown?'
-        )
+        color = '"attribute - color (dog, brown)"'
+        rows.append(f'COCOval{n},"a dog, brown",,2,1,attribute,color,{color},Is the dog brown?')
     path.write_text("\n".join(rows) + "\n")
     return path
 

@@ -11,6 +11,7 @@ from iomm.cli import main
 from iomm.evaluation.benches.command import shipped_prompts
 from iomm.evaluation.benches.geneval import GENEVAL
 from iomm.evaluation.benches.imgedit import IMGEDIT
+from iomm.evaluation.benches.judges import Endpoint
 from iomm.evaluation.benches.layout import BenchError, load_prompts
 from iomm.sampling import paint
 from tests.evaluation.benches import bench_files as small
@@ -105,3 +106,30 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_painted(run, tmp_
     (folder / "COCOval1.txt").write_text("long " * 500)
     assert generate(run, tmp_path / "out", "--bench", "dpg", "--prompts", folder, "--subset") == 1
     assert "prompt COCOval1: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_scored_from_the_command_line_and_what_is_lacking_is_said(
+    run, tmp_path, capsys, monkeypatch
+):
+    """By a fake judge that says no to all: the endpoint itself is tested apart."""
+    prompts, out = small.dpg_prompts(tmp_path / "prompts"), tmp_path / "out"
+    assert generate(run, out, "--bench", "dpg", "--prompts", prompts, "--subset", "--guidance", 1) == 0
+    score = ["evaluate", "score", str(out), "--bench", "dpg", "--prompts", str(prompts)]
+    monkeypatch.delenv("IOMM_JUDGE_URL", raising=False)
+    assert main(score) == 1
+    told = [*score, "--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "m"]
+    assert main(told) == 1
+    said = capsys.readouterr().err
+    assert "--judge-url URL (or IOMM_JUDGE_URL)" in said and "dpg needs --questions PATH" in said
+    monkeypatch.setattr(Endpoint, "ask", lambda self, ask: "no")
+    questions = small.dpg_questions(tmp_path / "dpg_bench.csv")
+    assert main([*told, "--questions", str(questions)]) == 0
+    scores = json.loads((tmp_path / "out.scores.json").read_text())
+    assert scores["overall"]["mean"] == 0 and scores["judge"] == "m at 127.0.0.1:1" and scores["scored"] == 3
+    (prompts / "COCOval0.txt").write_text("another prompt")
+    assert main([*told, "--questions", str(questions)]) == 1
+    (out / "COCOval1.png").unlink()
+    (prompts / "COCOval0.txt").write_text("A long prompt, number 0.\n")
+    assert main([*told, "--questions", str(questions)]) == 1
+    said = capsys.readouterr().err
+    assert "is not what" in said and "1 files are missing or damaged (COCOval1.png)" in said

@@ -157,7 +157,8 @@ def test_wise_legacy_weighs_marks_and_categories_as_published(tmp_path):
 
 
 def test_wise_marks_that_could_not_be_read_are_counted_and_never_a_score(tmp_path):
-    marks = {i: (2, 2, 2) for i in (1, 2, 401, 568, 701, 801, 901)} | {2: (999, 999, 999)}
+    marks: dict[int, tuple[float, ...]] = dict.fromkeys((1, 2, 401, 568, 701, 801, 901), (2.0, 2.0, 2.0))
+    marks[2] = (999, 999, 999)
     reading = wise.read_results_legacy([wise_results(tmp_path / "scores.jsonl", marks)])
     result = summarise(wise.WISE, GENERATED_WISE | {"2": "culture"}, reading)
     assert (result.overall.mean, result.scored, result.unparsed) == (pytest.approx(1), 6, ("2",))

@@ -2,7 +2,10 @@
 
 import argparse
 import importlib.util
+import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 DESCRIPTION = (
@@ -26,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve the page until interrupted; the exit status.
+    """Serve the page until interrupted; the exit status. What is uploaded lies in a folder that others cannot
+    read and that goes with the page.
 
     Raises:
         ValueError: Gradio is not installed.
@@ -36,6 +40,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "iomm app needs Gradio, which is not installed. Get it with: pip install 'iomm[app]'"
         )
+    # Gradio's own place for uploads is /tmp/gradio, which others may read.
+    with tempfile.TemporaryDirectory(prefix="iomm-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read on import
+        signal.signal(signal.SIGTERM, _leave)
+        _serve(arguments)
+    return 0
+
+
+def _leave(signum: int, _frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     from iomm.app.page import build_page, serve
     from iomm.app.studio import Studio
     from iomm.checkpoint.generator import open_generator
@@ -46,4 +63,3 @@ def run(arguments: argparse.Namespace) -> int:
     page = build_page(Studio(system, encoders), f"{config.name}, step {step}")
     sys.stderr.write(f"{serve(page, arguments.host, arguments.port)} (Ctrl-C ends it)\n")
     page.block_thread()
-    return 0

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def address(world, mesh, tmp_path_factory) -> Iterator[str]:
-    """`iomm app` of random weights, in its own process."""
+    """`iomm app` of random weights, in its own process, which takes the uploads with it when it ends."""
     folder = tmp_path_factory.mktemp("page")
     run = save_random_run(small_config(world, folder))
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "TMPDIR": str(folder),
     }
     command = [sys.executable, "-W", "ignore", "-m", "iomm.cli", "app", str(run), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -34,9 +34,13 @@ def address(world, mesh, tmp_path_factory) -> Iterator[str]:
         for line in process.stderr:
             said.append(line)
             if found := re.match(r"(http://127\.0\.0\.1:\d+)/? \(Ctrl-C ends it\)", line):
+                (uploads,) = folder.glob("iomm-app-*")
+                assert uploads.stat().st_mode & 0o777 == 0o700
                 yield found[1]
+                assert list(uploads.rglob("image.png"))
                 process.terminate()
                 process.communicate()
+                assert process.returncode == 143 and not uploads.exists()
                 return
         pytest.fail("".join(said))
 

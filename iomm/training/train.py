@@ -8,7 +8,6 @@ import functools
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from iomm.checkpoint import sharded
@@ -19,60 +18,22 @@ from iomm.data.errors import BadSampleReport
 from iomm.data.loader import Loader, global_batch_indices
 from iomm.encoders import Encoders
 from iomm.parallel.agreement import require_agreement
-from iomm.parallel.engine import Engine, StepResult
+from iomm.parallel.engine import Engine
 from iomm.parallel.mesh import Mesh, start
 from iomm.system import System, build
+from iomm.training import notes
 from iomm.training.phases import Phases
 from iomm.training.profiler import ProfileWindow
 from iomm.training.progress import TrainingProgress
 from iomm.training.prometheus import PrometheusFile
-from iomm.training.ranklog import log_path
 from iomm.training.recovery import naming_lost_ranks, newest, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
 from iomm.training.stop import StopSignal, tell_launcher
-from iomm.training.stragglers import compare
 from iomm.training.throughput import FlopCount, Stopwatch
+from iomm.training.trainer import Outcome, Trainer
 from iomm.training.watch import Watch
-from iomm.training.watchdog import Watchdog
-
-
-class TrainingAborted(RuntimeError):
-    """The run cannot go on; its last checkpoint is good."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: after how many steps, and by which signal if it was stopped."""
-
-    run_dir: Path
-    step: int
-    stopped_by: signal.Signals | None = None
-
-
-@dataclass
-class Trainer:
-    """What the loop works with."""
-
-    config: Config
-    mesh: Mesh
-    run: Run
-    state: StateFile
-    encoders: Encoders | None  # on ranks that encode
-    system: System
-    engine: Engine
-    inputs: StepInputs
-    saver: Saver
-    loader: Loader
-    watch: Watch | None  # on the first stage, if there are held-out samples
-    first_step: int
-    bad_samples: deque[BadSampleReport]  # filled by the loader's threads
-    phases: Phases
-    profiler: ProfileWindow
-    figures: PrometheusFile
-    stalls: deque[str] = field(default_factory=deque)  # filled by the watchdog's thread
-    bad_in_a_row: int = 0
 
 
 def train(config: Config) -> Outcome:
@@ -158,7 +119,7 @@ def train(config: Config) -> Outcome:
             screen.say(damage)
         if resumed.path is not None:
             run.event(resumed.step, "resume", str(resumed.path))
-        stack.enter_context(_watchdog(trainer))
+        stack.enter_context(notes.watch_over(trainer))
         stack.enter_context(naming_lost_ranks(mesh, trainer.phases))
         return _loop(trainer, stop, screen)
 
@@ -168,7 +129,7 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
     flops, watch, batches, inputs = _flops(t), Stopwatch(), _batches(t), t.inputs
     for step in range(t.first_step + 1, settings.steps + 1):
         phase.step = step
-        _profile(t, step)
+        notes.profile(t, step)
         with phase("batch"):
             batch = next(batches)
         with phase("encode"):
@@ -180,12 +141,12 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
         with phase("log"):
             logged = step == settings.steps or step % settings.log_every_steps == 0
             if logged or result.skipped:
-                _quarantine(t, step)
-            _check_finite(t, step, result, batch)
+                notes.quarantine(t, step)
+            notes.check_finite(t, step, result, batch)
             throughput = watch.read(settings.global_batch_images) if logged else None
             if throughput is not None:
-                _log(t, step, result, throughput)
-            _compare_ranks(t, step, screen)
+                notes.log(t, step, result, throughput)
+            notes.compare_ranks(t, step, screen)
             screen.update(step, result.loss, throughput)
             stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
         last = bool(stopped) or step == settings.steps
@@ -199,46 +160,6 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
             return _stop(t, step, signal.Signals(stopped))
     t.state.end("done", settings.steps)
     return Outcome(t.run.dir, settings.steps)
-
-
-def _watchdog(t: Trainer) -> Watchdog:
-    """Watches over this rank's progress until the loop is left."""
-    train, rank = t.config.train, t.mesh.rank
-    t.engine.while_summing = lambda: t.phases("gradient_sum")
-
-    def on_hang(reason: str) -> None:
-        t.run.event(t.phases.step, "hang", reason)
-        t.state.end("failed", max(t.first_step, t.phases.step - 1), reason)
-
-    return Watchdog(
-        t.phases,
-        log_path(t.run.dir, rank),
-        rank,
-        timeout_s=train.hang_timeout_s,
-        stall_s=train.stall_notice_s,
-        reading=lambda: t.loader.readings,
-        on_stall=t.stalls.append,
-        on_hang=on_hang,
-    )
-
-
-def _profile(t: Trainer, step: int) -> None:
-    """Begin or end the profiler's window, if it is due."""
-    trace = t.profiler.at(step)
-    if trace is not None:
-        t.run.event(step, "profile", str(trace))
-
-
-def _compare_ranks(t: Trainer, step: int, screen: TrainingProgress) -> None:
-    """Now and then: how long each rank took for its own work, and which one is slow."""
-    every = t.config.train.straggler_every_steps
-    if every == 0 or step % every:
-        return
-    record, slow = compare(t.mesh, t.phases.take_seconds(), min(every, step - t.first_step))
-    t.run.log("phases", step, **record)
-    if slow is not None:
-        t.run.event(step, "straggler", vars(slow))
-        screen.say(f"step {step}  {slow}")
 
 
 def _stop(t: Trainer, step: int, by: signal.Signals) -> Outcome:
@@ -278,61 +199,6 @@ def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
     assert config.train.init_from is not None
     source = sharded.find(Path(config.train.init_from))
     sharded.load_weights(source, system, config=config, ema=sharded.read_info(source).has_ema, mesh=mesh)
-
-
-def _quarantine(t: Trainer, step: int) -> None:
-    """List the samples that any rank found unusable since the last time; all ranks call."""
-    mine = [t.bad_samples.popleft() for _ in range(len(t.bad_samples))]
-    found = [report for reports in t.mesh.gather_objects(mine) for report in reports]
-    for report in dict.fromkeys(found):  # ranks of one model-parallel group may have read the same
-        t.run.bad_sample(report)
-        if t.run.writes or report in mine:
-            t.run.event(step, "bad_sample", str(report))
-    while t.stalls:
-        t.run.event(step, "loader_stall", t.stalls.popleft())
-
-
-def _check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> None:
-    """Count skipped steps; too many in a row end the run, with the samples that led there."""
-    if not result.skipped:
-        t.bad_in_a_row = 0
-        return
-    t.bad_in_a_row += 1
-    keys = [key for samples in batch.batches.values() for key in samples.keys]
-    detail = {
-        "loss": repr(result.loss),
-        "grad_norm": repr(result.grad_norm),
-        "in_a_row": t.bad_in_a_row,
-        "keys": keys,
-    }
-    t.run.event(step, "nan_skip", detail)
-    limit = t.config.train.abort_after_bad_steps
-    if t.bad_in_a_row >= limit:
-        t.saver.finish()  # bad steps change no weights: a checkpoint on its way is a good one
-        raise TrainingAborted(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite for "
-            f"{limit} steps in a row "
-            f"(train.abort_after_bad_steps). Last batch on rank {t.mesh.rank}: {', '.join(keys)}. "
-            "Lower optimizer.lr, or look at these samples; the last good checkpoint is in "
-            f"{t.run.dir / 'checkpoints'}."
-        )
-
-
-def _log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object]) -> None:
-    finite = not result.skipped
-    t.state.update(step)
-    t.run.log(
-        "train",
-        step,
-        loss=result.loss if finite else None,
-        grad_norm=result.grad_norm if finite else None,
-        lr=result.lr,
-        skipped=t.bad_in_a_row,
-        dropped_tokens=int(t.encoders.prefixes.dropped) if t.encoders is not None else 0,
-        rescued_decodes=t.loader.rescued,
-        **throughput,
-    )
-    t.figures.write()
 
 
 def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:

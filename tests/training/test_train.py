@@ -17,8 +17,9 @@ from iomm.checkpoint.generator import open_generator
 from iomm.data.errors import BadSampleReport
 from iomm.presets import b, large, xl
 from iomm.system import System
-from iomm.training import train as loop
-from iomm.training.train import TrainingAborted, train
+from iomm.training import notes
+from iomm.training.train import train
+from iomm.training.trainer import TrainingAborted
 from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
 
 
@@ -211,7 +212,7 @@ def test_the_bad_samples_of_all_ranks_are_listed_each_once(monkeypatch):
             bad_samples=deque([mine]),
             stalls=deque(),
         )
-        loop._quarantine(trainer, 7)
+        notes.quarantine(trainer, 7)
         assert not trainer.bad_samples
     assert listed == [mine, other] * 2
     assert told == [(7, "bad_sample", str(report)) for report in (mine, other, mine)]
@@ -231,7 +232,7 @@ def test_a_full_disk_while_saving_lets_the_run_go_on_and_keeps_the_last_good_che
         full = full or arguments[1] >= 5
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    monkeypatch.setattr(loop, "_quarantine", fill_disk_at_step_5)
+    monkeypatch.setattr(notes, "quarantine", fill_disk_at_step_5)
     with pytest.raises(sharded.CheckpointError, match=r"disk of .* is full: a checkpoint needs [\d,]+ bytes"):
         train(config)  # step 8's save fails and the run goes on; the last one, at step 12, must not be lost
     assert [e["step"] for e in events(config.run_dir, "save_failed")] == [8, 12]

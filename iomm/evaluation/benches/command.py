@@ -144,7 +144,10 @@ def generate(
             lambda done, of: update(done / of, f"{done} of this rank's {of} prompts"),
         )
     if mesh.rank == 0:
-        sys.stdout.write(f"{arguments.output}: {len(items)} prompts, {painted} painted now\n")
+        scorer = bench.scorer.format(folder=arguments.output, side=side_px)
+        sys.stdout.write(
+            f"{arguments.output}: {len(items)} prompts, {painted} painted now\nscore: {scorer}\n"
+        )
     return 0
 
 

@@ -150,5 +150,6 @@ DPG = Bench(
     pictures=lambda item: (f"{item.key}.png",),
     read_prompts=read_prompts,
     best=1,
+    scorer="python dpg_bench/compute_dpg_bench.py --image-root-path {folder} --resolution {side} --pic-num 4",
     scorer_writes=("dpg-bench_*_results.txt", "dpg-bench_*_results_detail.txt"),
 )

@@ -92,5 +92,6 @@ GENEVAL = Bench(
     pictures=lambda item: tuple(f"{item.key}/samples/{image:05d}.png" for image in range(IMAGES)),
     read_prompts=read_prompts,
     best=1,
+    scorer="python evaluation/evaluate_images.py {folder} --outfile results.jsonl",
     scorer_writes=("results*.jsonl",),
 )

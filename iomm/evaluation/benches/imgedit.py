@@ -87,5 +87,6 @@ IMGEDIT = Bench(
     pictures=lambda item: (f"{item.key}.png",),
     read_prompts=read_prompts,
     best=5,
+    scorer="python basic_bench.py --result_img_folder {folder} --edit_json basic_edit.json ...",
     scorer_writes=("result.json", "average_score.json", "typescore.json"),
 )

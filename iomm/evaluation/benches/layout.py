@@ -45,6 +45,7 @@ class Bench:
     pictures: Callable[[Item], tuple[str, ...]]  # files of an item, relative to the folder
     read_prompts: Callable[[Path], list[Item]]
     best: float  # the largest possible score
+    scorer: str  # its command, with {folder} and {side}
     scorer_writes: tuple[str, ...]  # patterns of what the official scorer leaves in the folder
 
     def files(self, item: Item) -> tuple[str, ...]:

@@ -28,6 +28,10 @@ class Sampling:
     image_guidance: float = 1.5  # of edits
     mask_ratio: float = 0.5  # of edits: share of the image's patch tokens that is masked
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio <= 1:
+            raise BenchError(f"--mask-ratio {self.mask_ratio} must lie in [0, 1].")
+
 
 def painter(bench: Bench, system: System, encoders: Encoders, how: Sampling) -> Paint:
     """Paints each prompt as often as the benchmark asks."""

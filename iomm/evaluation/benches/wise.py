@@ -195,6 +195,7 @@ WISE = Bench(
     pictures=_pictures,
     read_prompts=read_legacy,
     best=1,
+    scorer="python gpt_eval.py --image_dir {folder} ...",
     scorer_writes=_SCORER_WRITES,
 )
 WISE_VERIFIED = Bench(
@@ -206,5 +207,6 @@ WISE_VERIFIED = Bench(
     pictures=_pictures,
     read_prompts=read_verified,
     best=1,
+    scorer="IMAGE_DIR={folder} bash eval_qwen.sh",
     scorer_writes=_SCORER_WRITES,
 )

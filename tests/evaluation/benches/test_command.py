@@ -114,6 +114,7 @@ def test_a_folder_is_scored_from_the_command_line_and_what_is_lacking_is_said(
     """By a fake judge that says no to all: the endpoint itself is tested apart."""
     prompts, out = small.dpg_prompts(tmp_path / "prompts"), tmp_path / "out"
     assert generate(run, out, "--bench", "dpg", "--prompts", prompts, "--subset", "--guidance", 1) == 0
+    assert f"--image-root-path {out} --resolution 32 --pic-num 4" in capsys.readouterr().out
     score = ["evaluate", "score", str(out), "--bench", "dpg", "--prompts", str(prompts)]
     monkeypatch.delenv("IOMM_JUDGE_URL", raising=False)
     assert main(score) == 1

@@ -3,7 +3,7 @@ section 2).
 
     image sample   [ aux prompt | patch tokens, some masked ]      null: every patch token masked
     text sample    [ caption ]                                     null: [ null prompt ]
-    edit           [ instruction | patch tokens, some masked ]     never trained; nulls: those of image samples
+    edit           [ instruction | patch tokens, some masked ]     never trained; nulls: as of image samples
 
 Rows of a batch share one layout, [ text slots | patch slots ]; slots that a row does not use are simply not
 attended to. Mask mode `drop` packs the slots that count into one sequence.

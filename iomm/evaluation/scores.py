@@ -119,7 +119,12 @@ def _read[T](path: Path, from_dict: Callable[[dict[str, Any]], T], notes: list[s
 def write_json(path: Path, record: dict[str, Any]) -> Path:
     """Write `record` as JSON, whole or not at all, in a folder that is made if need be; `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

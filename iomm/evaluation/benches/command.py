@@ -232,7 +232,7 @@ def write_result(
             images_per_prompt=record["images_per_prompt"],
             judge=judge,
             best=BENCHES[result.bench].best,
-            settings={**(settings or {}), **made_with},
+            settings={**(settings or {}), **{name: record[name] for name in ("prompts", "sampling")}},
             overall=result.overall,
             parts=result.categories,
         )

@@ -18,9 +18,10 @@ import iomm
 from iomm.conditioning.mask import keep_tokens
 from iomm.encoders import Encoders
 from iomm.evaluation.grid import image_grid, save_png
+from iomm.evaluation.scores import write_json, write_whole
 from iomm.evaluation.shapes.edit_score import EditScore, score_edits
 from iomm.evaluation.shapes.edits import ACTIONS, EditCase, draw_edit
-from iomm.evaluation.shapes.evaluation import said, write_whole
+from iomm.evaluation.shapes.evaluation import said
 from iomm.evaluation.shapes.scene import render
 from iomm.flow.sampler import Method
 from iomm.sampling import edit
@@ -115,7 +116,7 @@ def write_edits(folder: Path, edited: Edited, options: EditOptions, about: dict[
     scores = asdict(edited.score)
     del scores["verdicts"]
     record = {**about, "iomm": iomm.__version__, "options": asdict(options), **scores}
-    write_whole(folder / "edits.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / "edits.json", record)
 
 
 def describe_edits(found: EditScore) -> str:

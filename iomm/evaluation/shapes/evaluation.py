@@ -20,6 +20,7 @@ import iomm
 from iomm.encoders import Encoders
 from iomm.evaluation.bootstrap import Interval
 from iomm.evaluation.grid import image_grid, save_png
+from iomm.evaluation.scores import write_json
 from iomm.evaluation.shapes.judge import Score, score, write_verdicts
 from iomm.evaluation.shapes.prompts import Prompt, benchmark
 from iomm.flow.sampler import Method
@@ -106,14 +107,7 @@ def write_evaluation(
         "prompts_sha256": prompts_digest(found.prompts),
         **found.to_dict(),
     }
-    write_whole(folder / "scores.json", json.dumps(record, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    write_json(folder / "scores.json", record)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

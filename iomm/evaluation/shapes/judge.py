@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from iomm.evaluation.bootstrap import Interval, interval_of_means
+from iomm.evaluation.scores import write_whole
 from iomm.evaluation.shapes.detector import Detection, Found, detect
 from iomm.evaluation.shapes.prompts import CATEGORIES, SPLITS, Category, Facts, Prompt, Split, noun
 from iomm.evaluation.shapes.relations import relations
@@ -152,6 +153,4 @@ def _numbers(prompts: Sequence[Prompt]) -> dict[Split, dict[Category, list[int]]
 
 def write_verdicts(found: Score, path: Path) -> None:
     """One JSON line a picture, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in found.lines()))
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in found.lines()))

@@ -188,10 +188,10 @@ class _Save:
             on_rank_0(self._mesh, self._make_room)
         except (OSError, Superseded) as error:
             self._give_up(error)
-        if filesystem_async._results_queue is None:
-            # Where Megatron looks for the results. Its own queue belongs to a process that it would start;
-            # here the writer is this process.
-            filesystem_async._results_queue = queue.Queue()
+        # Where Megatron looks for the results. Its own queue belongs to a process that it would start; here
+        # the writer is this process. A new one for every save: what a failed one left would be taken for the
+        # next one's, whose table of contents would then be wrong.
+        filesystem_async._results_queue = queue.Queue()
         with quiet():
             self._request = dist_checkpointing.save(
                 state,

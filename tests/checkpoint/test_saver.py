@@ -18,7 +18,7 @@ from iomm.checkpoint.folder import CheckpointError, latest, read_info
 from iomm.checkpoint.saver import Saver, save
 from iomm.checkpoint.sharded import load
 from iomm.parallel.mesh import Mesh
-from tests.checkpoint.small_engine import config, everything, make, train
+from tests.checkpoint.small_engine import config, everything, make, precise, train
 
 
 def test_saving_does_not_change_what_is_saved(mesh: Mesh, tmp_path: Path) -> None:
@@ -192,6 +192,25 @@ def test_a_second_save_must_wait_for_the_first(mesh: Mesh, tmp_path: Path, disk:
         background.save(2, engine, config(), {})
     disk.go_on.set()
     assert background.finish() == tmp_path / "step_00000001"
+
+
+def test_a_save_that_fails_behind_its_last_file_leaves_nothing_to_the_next_one(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    larger = precise("fp64", False)  # its table of contents would not fit the next checkpoint's files
+    failing = Saver(tmp_path, 2, mesh, background=True)
+    failing.save(1, make(larger, mesh), larger, {})
+    (temporary,) = tmp_path.glob(".tmp_*")
+    (temporary / ".reserve").unlink()
+    with pytest.raises(CheckpointError, match="cannot save a checkpoint"):
+        failing.finish()
+    engine = make(config(), mesh)
+    train(engine, 0, 2)
+    path = save(tmp_path, 2, engine, config(), {}, keep_last=2, mesh=mesh)
+    resumed = make(config(), mesh, seed=1)
+    load(path, resumed, config(), mesh)
+    before, after = everything(engine), everything(resumed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_start_removes_what_a_killed_run_left_and_nothing_else(mesh: Mesh, tmp_path: Path) -> None:

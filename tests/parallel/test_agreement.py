@@ -107,7 +107,7 @@ def test_two_ranks_with_other_settings_are_both_refused_and_doctor_shows_why(
         "try:\n"
         "    require_agreement(mine)\n"
         "except ValueError as error:\n"
-        "    print('refused on rank', os.environ['RANK'], error, flush=True)\n"
+        "    sys.stdout.write(f'refused on rank {os.environ[\"RANK\"]}: {error}\\n')\n"  # in one piece
     )
     printed = torchrun(script)
     assert printed.count("DIFFERENT: no training starts with these") == 1  # rank 0 prints

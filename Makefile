@@ -18,7 +18,7 @@ kernels: setup  ## compile csrc/ for this machine, where it has a C++ compiler (
 kernels-gate: setup  ## compile every GPU kernel for Hopper (no GPU needed) and judge its machine code
 	@$(PY) tools/kernels_gate.py $(ARGS)
 
-demo: setup  ## both stages on the embedded images, samples and a report (at most 12 minutes on 2 CPU cores)
+demo: setup  ## both stages on the embedded images, samples and a report (10 to 15 minutes on 2 CPU cores)
 	@$(PY) -m iomm.cli demo $(ARGS)
 
 test: setup  ## the test suite

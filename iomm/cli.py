@@ -1,6 +1,7 @@
 """The `iomm` command. Heavy imports wait until a command needs them: `iomm --help` answers at once."""
 
 import argparse
+import functools
 import os
 import sys
 import traceback
@@ -71,11 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="iomm", description="Image-only pre-training of image generators.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run)
-        return sub
+    add = functools.partial(_command, commands)
 
     train = add("train", _train, "train a run; goes on from its own latest checkpoint if there is one")
     train.add_argument("config", type=Path, help="a Python file with a function config() -> Config")
@@ -142,12 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "benchmarks: both sides of a choice, measured in one run"
     bench = commands.add_parser("bench", help=text, description=text)
     benches = bench.add_subparsers(required=True, metavar="WHAT")
-
-    def add_bench(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = benches.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run)
-        return sub
-
+    add_bench = functools.partial(_command, benches)
     prefix = add_bench("prefix", _bench_prefix, "frozen-prefix split against the naive full pass")
     mask = add_bench("mask", _bench_mask, "what the mask modes zero, hide and drop cost in the frozen MLLM")
     mask.add_argument("--mask-ratio", type=float, default=0.85)
@@ -183,9 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "put a training run on a cluster"
     launch = commands.add_parser("launch", help=text, description=text)
     clusters = launch.add_subparsers(required=True, metavar="CLUSTER")
-    slurm = clusters.add_parser("slurm", help=launch_slurm.DESCRIPTION, description=launch_slurm.DESCRIPTION)
-    slurm.set_defaults(command=_launch_slurm)
-    launch_slurm.add_arguments(slurm)
+    launch_slurm.add_arguments(_command(clusters, "slurm", _launch_slurm, launch_slurm.DESCRIPTION))
 
     shard_command.add_arguments(add("shard", _shard, shard_command.DESCRIPTION))
 
@@ -193,28 +183,18 @@ def _parser() -> argparse.ArgumentParser:
     text = "benchmarks of a checkpoint's pictures"
     evaluate = commands.add_parser("evaluate", help=text, description=text)
     evaluations = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
-    text = shapes_command.EVALUATE
-    shapes = evaluations.add_parser("shapes", help=text, description=text)
-    shapes.set_defaults(command=_evaluate_shapes)
+    add_evaluation = functools.partial(_command, evaluations)
+    shapes = add_evaluation("shapes", _evaluate_shapes, shapes_command.EVALUATE)
     _checkpoint_arguments(shapes)
     shapes_command.add_evaluate_arguments(shapes)
-    text = reconstruction_command.DESCRIPTION
-    reconstruction = evaluations.add_parser("reconstruction", help=text, description=text)
-    reconstruction.set_defaults(command=_evaluate_reconstruction)
-    reconstruction_command.add_arguments(reconstruction)
-    text = benches_command.GENERATE
-    generate = evaluations.add_parser("generate", help=text, description=text)
-    generate.set_defaults(command=_evaluate_generate)
+    reconstruction_command.add_arguments(
+        add_evaluation("reconstruction", _evaluate_reconstruction, reconstruction_command.DESCRIPTION)
+    )
+    generate = add_evaluation("generate", _evaluate_generate, benches_command.GENERATE)
     _checkpoint_arguments(generate)
     benches_command.add_generate_arguments(generate)
-    text = benches_command.SCORE
-    score = evaluations.add_parser("score", help=text, description=text)
-    score.set_defaults(command=benches_command.score)
-    benches_command.add_score_arguments(score)
-    text = benches_command.READ
-    read = evaluations.add_parser("read", help=text, description=text)
-    read.set_defaults(command=benches_command.read)
-    benches_command.add_read_arguments(read)
+    benches_command.add_score_arguments(add_evaluation("score", benches_command.score, benches_command.SCORE))
+    benches_command.add_read_arguments(add_evaluation("read", benches_command.read, benches_command.READ))
 
     status.add_arguments(add("status", status.run, status.DESCRIPTION))
 
@@ -229,6 +209,15 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="A.B=VALUE", help="change one setting of --config"
     )
     return parser
+
+
+def _command(
+    group: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """A command in a group of them (argparse's sub-parsers)."""
+    sub = group.add_parser(name, help=text, description=text)
+    sub.set_defaults(command=run)
+    return sub
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from iomm.evaluation.shapes.scene import Thing
+
 Relation = Literal["left of", "right of", "above", "below"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -49,21 +51,10 @@ SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed:
-    """One shape on the canvas. `x`, `y` (centre) and `radius` are fractions of the canvas side."""
-
-    shape: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scene:
     """What is drawn and what is said. `background` is a colour word, or None for white, which goes unsaid."""
 
-    things: tuple[Placed, ...]
+    things: tuple[Thing, ...]
     sentence: str
     background: str | None = None
 
@@ -186,9 +177,9 @@ def _scatter(rng: np.random.Generator, radii: list[float]) -> tuple[list[tuple[f
 
 def _place(
     kinds: list[tuple[str, str]], centres: list[tuple[float, float]], radii: list[float]
-) -> tuple[Placed, ...]:
+) -> tuple[Thing, ...]:
     return tuple(
-        Placed(colour=c, shape=s, x=x, y=y, radius=r)
+        Thing(colour=c, shape=s, x=x, y=y, radius=r)
         for (c, s), (x, y), r in zip(kinds, centres, radii, strict=True)
     )
 
@@ -199,7 +190,7 @@ def _draw_kind(rng: np.random.Generator, colours: list[str]) -> tuple[str, str]:
 
 def _groups(
     rng: np.random.Generator, kinds: list[tuple[str, str]], counts: list[int]
-) -> tuple[tuple[Placed, ...], str]:
+) -> tuple[tuple[Thing, ...], str]:
     total = sum(counts)
     radius = float(rng.uniform(0.17, 0.34)) if total == 1 else float(rng.uniform(0.11, 0.2))
     members = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
@@ -208,14 +199,14 @@ def _groups(
     return _place(members, centres, [radius * shrink] * total), sentence
 
 
-def _corner(rng: np.random.Generator, kind: tuple[str, str]) -> tuple[tuple[Placed, ...], str]:
+def _corner(rng: np.random.Generator, kind: tuple[str, str]) -> tuple[tuple[Thing, ...], str]:
     corner = list(CORNERS)[int(rng.integers(len(CORNERS)))]
     x, y = (float(v) for v in np.array(CORNERS[corner]) + rng.uniform(-0.05, 0.05, size=2))
     radius = float(rng.uniform(0.12, 0.2))
     return _place([kind], [(x, y)], [radius]), f"{noun_phrase(*kind)} in the {corner} corner"
 
 
-def _related(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[tuple[Placed, ...], str]:
+def _related(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[tuple[Thing, ...], str]:
     relation: Relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
     along = np.array(RELATIONS[relation], dtype=float)
     radii = [float(r) for r in rng.uniform(0.14, 0.22, size=2)]
@@ -227,7 +218,7 @@ def _related(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[tu
     return _place(kinds, centres, radii), f"{noun_phrase(*kinds[0])} {relation} {noun_phrase(*kinds[1])}"
 
 
-def _compose(rng: np.random.Generator, background: str | None) -> tuple[tuple[Placed, ...], str]:
+def _compose(rng: np.random.Generator, background: str | None) -> tuple[tuple[Thing, ...], str]:
     colours = [c for c in COLOURS if c != background]
     first, second = _draw_kind(rng, colours), _draw_kind(rng, colours)
     while second == first:

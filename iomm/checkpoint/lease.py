@@ -18,6 +18,8 @@ import uuid
 from pathlib import Path
 from typing import final
 
+from iomm.files import write_whole
+
 LEASE_FILE = "lease.json"
 
 
@@ -43,8 +45,7 @@ class Lease:
         taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         lease = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "taken": taken}
         part = self._path.with_name(f"{LEASE_FILE}.{self._id}.part")  # two launches may start at once
-        part.write_text(json.dumps(lease, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self._path)
+        write_whole(self._path, json.dumps(lease, indent=1) + "\n", part=part)
 
     def check(self) -> None:
         """Call before each write that lasts. The file is opened anew, which makes NFS ask its server.

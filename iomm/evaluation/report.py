@@ -6,7 +6,6 @@ What the run did not log is said on the page, never filled in.
 import base64
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from iomm.evaluation.measured import bench_sections, reconstruction_section
 from iomm.evaluation.runlog import Record, RunLog, read_run
 from iomm.evaluation.scores import read_reconstruction, read_scores
 from iomm.evaluation.status import Follower, rows
+from iomm.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_GRID_STEPS = 10  # steps whose grids are shown: the last, the first and evenly spaced ones between
@@ -57,9 +57,7 @@ def build_report(run_dir: Path) -> Path:
     environment.filters.update(number=number, data_uri=svg_uri, plain=plain, fixed=fixed)
     page = environment.get_template(TEMPLATE.name).render(page_content(log))
     out = run_dir / "report.html"
-    part = run_dir / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
+    write_whole(out, page)
     return out
 
 

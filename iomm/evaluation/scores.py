@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iomm.evaluation.bootstrap import Interval
+from iomm.files import write_whole
 
 SCORES = "scores"
 RECONSTRUCTIONS = "reconstruction"
@@ -121,10 +122,3 @@ def write_json(path: Path, record: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self, final
 
 from iomm.evaluation.status import Follower, Status
+from iomm.files import write_whole
 
 _log = logging.getLogger(__name__)
 STATES = ("running", "done", "stopped", "preempted", "failed")
@@ -46,8 +47,7 @@ class PrometheusFile:
         self._follower = self._follower or Follower(self._run_dir)
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            part.write_text(exposition(self._follower.read()), encoding="utf-8")
-            os.replace(part, self._path)
+            write_whole(self._path, exposition(self._follower.read()), part=part)
         except OSError as error:
             _log.warning("%s is not written, training goes on: %s", self._path, error)
 

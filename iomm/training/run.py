@@ -34,6 +34,7 @@ from iomm.checkpoint.lease import Lease
 from iomm.config import Config
 from iomm.data.decoder import decoder_used
 from iomm.data.errors import BadSampleReport
+from iomm.files import write_whole
 from iomm.parallel.agreement import code_digest
 from iomm.parallel.mesh import Mesh
 from iomm.training.ranklog import RankLog
@@ -62,7 +63,8 @@ class Run:
         if not self.writes:
             return
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-        _write_json(self.dir / "run.json", describe(config, mesh))
+        written = json.dumps(describe(config, mesh), indent=1, default=_plain)
+        write_whole(self.dir / "run.json", written + "\n")
         self._metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         _end_torn_line(self.dir / "metrics.jsonl", self._metrics)
         if config.train.wandb != "disabled":
@@ -141,9 +143,7 @@ def _wandb_id(run_dir: Path) -> str:
     of the same name, in another folder, gets its own."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        part = path.with_name("wandb_id.part")
-        part.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8")
 
 
@@ -155,12 +155,6 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _plain(value: Any) -> Any:

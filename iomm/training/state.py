@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, final
 
 from iomm.checkpoint.lease import Lease, Superseded
+from iomm.files import write_whole
 
 STATE_FILE = "run_state.json"
 State = Literal["running", "done", "stopped", "preempted", "failed"]
@@ -119,9 +120,7 @@ class StateFile:
         if not self._writes:
             return
         self._check()
-        part = self._path.with_name(STATE_FILE + ".part")
-        part.write_text(json.dumps(asdict(self._state), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self._path)
+        write_whole(self._path, json.dumps(asdict(self._state), indent=1) + "\n")
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:

@@ -18,7 +18,7 @@ from examples.tiny.mllm_vision import (
     pretrain_vision,
     vision_weights,
 )
-from examples.tiny.shape_scenes import SHAPES, Placed, Scene, draw_scene, sample_scene
+from examples.tiny.shape_scenes import SHAPES, Scene, Thing, draw_scene, sample_scene
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny" / "mllm"
 SMALL = MllmTraining(vision_width=32, vision_layers=1, text_width=32, text_layers=1)
@@ -41,8 +41,8 @@ def drawn_emoji(count: int) -> list[Emoji]:
 
 
 def test_a_cell_is_told_the_thing_that_covers_it_and_the_background_elsewhere() -> None:
-    ring = Placed(shape="ring", colour="blue", x=0.87, y=0.13, radius=0.1)
-    star = Placed(shape="star", colour="red", x=0.13, y=0.87, radius=0.1)
+    ring = Thing(shape="ring", colour="blue", x=0.87, y=0.13, radius=0.1)
+    star = Thing(shape="star", colour="red", x=0.13, y=0.87, radius=0.1)
     targets = cell_targets([Scene(things=(ring, star), sentence="", background="pink")])
     shape_PP, colour_PP = targets.shape_BP.view(4, 4), targets.colour_BP.view(4, 4)
     assert shape_PP[0, 3] == 1 + SHAPES.index("ring")
@@ -55,7 +55,7 @@ def test_a_cell_is_told_the_thing_that_covers_it_and_the_background_elsewhere() 
 
 
 def test_a_cell_is_told_which_of_its_points_a_thing_covers() -> None:
-    square = Placed(shape="square", colour="yellow", x=0.625, y=0.375, radius=0.1)
+    square = Thing(shape="square", colour="yellow", x=0.625, y=0.375, radius=0.1)
     cover_PM = cell_targets([Scene(things=(square,), sentence="", background="red")]).cover_BPM[0]
     assert cover_PM.shape == (16, 64)
     assert int(cover_PM.sum()) == int(cover_PM[4 + 2].sum())  # all in the cell of its centre

@@ -15,6 +15,7 @@ from iomm.evaluation.benches.journal import Journal, identity_of
 from iomm.evaluation.benches.layout import Item
 from iomm.evaluation.benches.rules import Thing, kept, verdict
 from iomm.evaluation.benches.summary import Reading
+from iomm.files import write_whole
 
 
 class Finder(Protocol):
@@ -55,9 +56,7 @@ def judge_geneval(
             found = _judge(path, item, wanted[item.key], finder, journal)
             lines.append(geneval.result_line(str(path), item, **found))
             on_progress(len(lines), total)
-    part = results.with_name(results.name + ".part")
-    part.write_text("".join(lines))
-    part.replace(results)
+    write_whole(results, "".join(lines))
     return geneval.read_results([results])
 
 

@@ -7,22 +7,21 @@ answer is counted as unparsed and is part of no score.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from iomm.evaluation.benches import dpg, imgedit, wise
-from iomm.evaluation.benches.journal import Journal
-from iomm.evaluation.benches.judges import Ask, Judge, ask_all
+from iomm.evaluation.benches.judges import Ask
 from iomm.evaluation.benches.layout import BenchError, Item, named
 from iomm.evaluation.benches.records import read_json
 from iomm.evaluation.benches.summary import Reading
 
 _YES_NO = re.compile(r"(yes|no)\.?", re.IGNORECASE)
 _MARK = re.compile(r"\**(Consistency|Realism|Aesthetic Quality)\**\s*:\s*\**\s*([0-2])\**", re.IGNORECASE)
-Progress = Callable[[int, int], None]
+AskAll = Callable[[Mapping[str, Callable[[], Ask]]], dict[str, str]]  # `judges.ask_all` for one judge
 
 
 def yes_or_no(answer: str) -> bool | None:
@@ -44,11 +43,7 @@ def judge_dpg(
     items: Sequence[Item],
     folder: Path,
     questions: Path,
-    judge: Judge,
-    journal: Journal,
-    *,
-    workers: int = 8,
-    on_progress: Progress = lambda _done, _of: None,
+    ask_all: AskAll,
 ) -> Reading:
     """DPG-Bench by a judge that answers yes or no: all questions, the first row's too.
 
@@ -71,7 +66,7 @@ def judge_dpg(
         for tile in range(dpg.TILES)
         for question in asked[item.key]
     }
-    answers = ask_all(judge, asks, journal, workers=workers, on_progress=on_progress)
+    answers = ask_all(asks)
     scores, unparsed = {}, []
     for item in items:
         tiles = [
@@ -90,11 +85,7 @@ def judge_wise(
     items: Sequence[Item],
     folder: Path,
     template: Path,
-    judge: Judge,
-    journal: Journal,
-    *,
-    workers: int = 8,
-    on_progress: Progress = lambda _done, _of: None,
+    ask_all: AskAll,
 ) -> Reading:
     """WISE (legacy) by a judge that gives three marks.
 
@@ -110,7 +101,7 @@ def judge_wise(
             f"{template} must have {{PROMPT}} where the prompt goes, and {{EXPLANATION}} for its key."
         )
     asks = {item.key: partial(_wise_ask, text, item, folder / f"{item.key}.png") for item in items}
-    answers = ask_all(judge, asks, journal, workers=workers, on_progress=on_progress)
+    answers = ask_all(asks)
     return _reading(answers, wise_marks)
 
 
@@ -119,11 +110,7 @@ def judge_imgedit(
     folder: Path,
     template: Path,
     originals: Path,
-    judge: Judge,
-    journal: Journal,
-    *,
-    workers: int = 8,
-    on_progress: Progress = lambda _done, _of: None,
+    ask_all: AskAll,
 ) -> Reading:
     """ImgEdit by a judge that sees the image before and after.
 
@@ -148,7 +135,7 @@ def judge_imgedit(
         return Ask(text=text, pngs=(before, (folder / f"{item.key}.png").read_bytes()))
 
     asks = {item.key: partial(ask, item) for item in items}
-    answers = ask_all(judge, asks, journal, workers=workers, on_progress=on_progress)
+    answers = ask_all(asks)
     return _reading(answers, imgedit.read_answer)
 
 

@@ -3,12 +3,13 @@
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from iomm.data.shard_command import bar
 from iomm.evaluation.benches.journal import Journal
-from iomm.evaluation.benches.judges import URL, Endpoint, Judge
+from iomm.evaluation.benches.judges import URL, Endpoint, Judge, ask_all
 from iomm.evaluation.benches.layout import BenchError, Item, digest
 from iomm.evaluation.benches.summary import Reading
 
@@ -36,17 +37,18 @@ def judge_folder(
             )
         from iomm.evaluation.benches.judged import judge_dpg, judge_imgedit, judge_wise
 
-        judge, more = _endpoint(arguments), {"workers": arguments.workers, "on_progress": on_progress}
+        judge = _endpoint(arguments)
+        ask = partial(ask_all, judge, journal=journal, workers=arguments.workers, on_progress=on_progress)
         if arguments.bench == "dpg":
             told = _given(arguments, "questions")
-            reading = judge_dpg(items, folder, told, judge, journal, **more)
+            reading = judge_dpg(items, folder, told, ask)
         else:
             told = _given(arguments, "judge_prompt")
             if arguments.bench == "wise":
-                reading = judge_wise(items, folder, told, judge, journal, **more)
+                reading = judge_wise(items, folder, told, ask)
             else:
                 originals = _given(arguments, "originals")
-                reading = judge_imgedit(items, folder, told, originals, judge, journal, **more)
+                reading = judge_imgedit(items, folder, told, originals, ask)
         return judge.name, reading, {"judge_told_sha256": digest(told)}
 
 

@@ -18,11 +18,12 @@ import iomm
 from iomm.conditioning.mask import keep_tokens
 from iomm.encoders import Encoders
 from iomm.evaluation.grid import image_grid, save_png
-from iomm.evaluation.scores import write_json, write_whole
+from iomm.evaluation.scores import write_json
 from iomm.evaluation.shapes.edit_score import EditScore, score_edits
 from iomm.evaluation.shapes.edits import ACTIONS, EditCase, draw_edit
 from iomm.evaluation.shapes.evaluation import said
 from iomm.evaluation.shapes.scene import render
+from iomm.files import write_whole
 from iomm.flow.sampler import Method
 from iomm.sampling import edit
 from iomm.system import System

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from iomm.evaluation.bootstrap import Interval, interval_of_means
-from iomm.evaluation.scores import write_whole
 from iomm.evaluation.shapes.detector import Detection, Found, detect
 from iomm.evaluation.shapes.prompts import CATEGORIES, SPLITS, Category, Facts, Prompt, Split, noun
 from iomm.evaluation.shapes.relations import relations
+from iomm.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -30,6 +31,11 @@ class FakeJudge:
     def ask(self, ask: Ask) -> str:
         self.asked.append(ask)
         return self._answer(ask.text)
+
+
+def by(judge, kept):
+    """All questions to this judge, its answers kept in this file."""
+    return partial(ask_all, judge, journal=Journal(kept))
 
 
 @pytest.fixture
@@ -152,11 +158,11 @@ def test_dpg_asks_all_questions_of_all_tiles_and_a_no_takes_what_depends_on_it(t
     items = load_prompts(dpg.DPG, small.dpg_prompts(tmp_path / "prompts"), subset=True)
     folder, csv = generated(dpg.DPG, items, tmp_path / "out"), small.dpg_questions(tmp_path / "q.csv")
     judge = FakeJudge(lambda text: "No." if "Is there" in text else "yes")
-    reading = judge_dpg(items, folder, csv, judge, Journal(tmp_path / "a.jsonl"))
+    reading = judge_dpg(items, folder, csv, by(judge, tmp_path / "a.jsonl"))
     assert reading.scores == dict.fromkeys(("COCOval0", "COCOval1", "COCOval2"), 0.0) and not reading.unparsed
     assert len(judge.asked) == len({(ask.text, ask.pngs) for ask in judge.asked}) == 3 * 4 * 2
     odd = FakeJudge(lambda text: "maybe" if "brown" in text else "yes")
-    reading = judge_dpg(items, folder, csv, odd, Journal(tmp_path / "b.jsonl"))
+    reading = judge_dpg(items, folder, csv, by(odd, tmp_path / "b.jsonl"))
     assert not reading.scores and len(reading.unparsed) == 3
 
 
@@ -166,13 +172,13 @@ def test_wise_and_imgedit_are_told_their_items_and_read_what_is_whole(tmp_path):
     template.write_text("PROMPT: {PROMPT} EXPLANATION: {EXPLANATION}")
     whole = "Consistency: 2\nRealism: 2\nAesthetic Quality: 2"
     judge = FakeJudge(lambda text: "I like it" if "prompt 568 EXPLANATION: thing 568" in text else whole)
-    reading = judge_wise(items, folder, template, judge, Journal(tmp_path / "a.jsonl"))
+    reading = judge_wise(items, folder, template, by(judge, tmp_path / "a.jsonl"))
     assert (
         reading.unparsed == ("568",) and reading.scores["1"] == pytest.approx(1) and len(reading.scores) == 5
     )
     template.write_text("no place for it")
     with pytest.raises(BenchError, match="must have {PROMPT}"):
-        judge_wise(items, folder, template, judge, Journal(tmp_path / "a.jsonl"))
+        judge_wise(items, folder, template, by(judge, tmp_path / "a.jsonl"))
 
     edits = load_prompts(imgedit.IMGEDIT, small.imgedit_prompts(tmp_path / "edits.json"), subset=True)
     folder, told = generated(imgedit.IMGEDIT, edits, tmp_path / "e"), tmp_path / "prompts.json"
@@ -182,9 +188,21 @@ def test_wise_and_imgedit_are_told_their_items_and_read_what_is_whole(tmp_path):
         path.write_bytes(draw_png(i))
     told.write_text(json.dumps({"adjust": "Rate <edit_prompt>.", "style": "Style <edit_prompt>."}))
     judge = FakeJudge(lambda _: "Brief reasoning: good.\nA: 5\nB: 4\nC: 3")
-    reading = judge_imgedit(edits, folder, told, tmp_path / "originals", judge, Journal(tmp_path / "c.jsonl"))
+    reading = judge_imgedit(
+        edits,
+        folder,
+        told,
+        tmp_path / "originals",
+        by(judge, tmp_path / "c.jsonl"),
+    )
     assert set(reading.scores.values()) == {4} and {len(ask.pngs) for ask in judge.asked} == {2}
     assert "Rate smooth the shell." in {ask.text for ask in judge.asked}
     told.write_text("{}")
     with pytest.raises(BenchError, match="no instruction for adjust, style"):
-        judge_imgedit(edits, folder, told, tmp_path / "originals", judge, Journal(tmp_path / "c.jsonl"))
+        judge_imgedit(
+            edits,
+            folder,
+            told,
+            tmp_path / "originals",
+            by(judge, tmp_path / "c.jsonl"),
+        )

@@ -116,6 +116,11 @@ class Bench:
     def config(self, run: Run) -> Config:
         return run.config(self.root).override(list(self.extra))
 
+    def command(self, name: str) -> str:
+        """The command that makes a set's table, but for the number of processes at a time."""
+        extra = "".join(f" --train-set {setting}" for setting in self.extra)
+        return f"python tools/recipes.py --set {name}{extra}"
+
     def trained(self, run: Run) -> bool:
         config = self.config(run)
         state = config.run_dir / "run_state.json"

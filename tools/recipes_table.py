@@ -35,6 +35,7 @@ class Row:
     name: str
     seeds: int
     steps: tuple[int, int]
+    batch_images: int
     splits: dict[str, Interval]
     categories: dict[str, float]
     by_seed: list[float]  # overall score of each seed
@@ -71,9 +72,15 @@ def _row(bench: Bench, name: str, group: Sequence[Run]) -> Row:
     second = group[0]
     origin = second.origin
     assert origin is not None
-    steps = bench.config(origin).train.steps, bench.config(second).train.steps
+    train = bench.config(second).train
     return Row(
-        name=name, seeds=len(group), steps=steps, splits=splits, categories=categories, by_seed=by_seed
+        name=name,
+        seeds=len(group),
+        steps=(bench.config(origin).train.steps, train.steps),
+        batch_images=train.global_batch_images,
+        splits=splits,
+        categories=categories,
+        by_seed=by_seed,
     )
 
 
@@ -101,16 +108,18 @@ def write_results(bench: Bench, name: str, runs: Sequence[Run]) -> Path:
     commit = subprocess.run(
         ["git", "-C", str(bench.root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    record = {"commit": commit, "rows": [asdict(row) for row in found]}
+    record = {"command": bench.command(name), "commit": commit, "rows": [asdict(row) for row in found]}
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     _figure(found).savefig(out / f"{name}.svg", metadata={"Date": None})
     table = out / f"{name}.md"
     missing = len({(r.first, r.second, r.label) for r in runs}) - len(found)
-    table.write_text(_table(found, name, commit, missing))
+    heading = f"`{bench.command(name)}`, code {commit}"
+    table.write_text(f"# {name}\n\n{_table(found, heading, missing)}\n![scores]({name}.svg)\n")
     return table
 
 
-def _table(found: Sequence[Row], name: str, commit: str, missing: int) -> str:
+def _table(found: Sequence[Row], heading: str, missing: int) -> str:
+    first = found[0]
     titles = [
         "recipe",
         *(SPLIT_TITLES[s] for s in SPLITS),
@@ -118,12 +127,10 @@ def _table(found: Sequence[Row], name: str, commit: str, missing: int) -> str:
         "paper",
     ]
     lines = [
-        f"# {name}",
-        "",
-        f"`python tools/recipes.py --set {name}`, code {commit}, {found[0].seeds} seeds, "
-        f"{found[0].steps[0]} + {found[0].steps[1]} steps of 32 images. Share of correct pictures on the "
-        "shapes world, in GenEval's categories; intervals (95 %) are over prompts. paper: its GenEval, of a "
-        "model 300 times as large: the order may be compared, the numbers may not.",
+        f"{heading}: {first.steps[0]} + {first.steps[1]} steps of {first.batch_images} "
+        f"images, {first.seeds} seed{'s' * (first.seeds > 1)}. Share of correct pictures on the shapes "
+        "world, in GenEval's categories; intervals (95 %) are over prompts. paper: its GenEval, of a model "
+        "300 times as large: the order may be compared, the numbers may not.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",
@@ -138,7 +145,7 @@ def _table(found: Sequence[Row], name: str, commit: str, missing: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if missing:
         lines += ["", f"{missing} more are not trained yet."]
-    return "\n".join([*lines, "", f"![scores]({name}.svg)", ""])
+    return "\n".join([*lines, ""])
 
 
 def _figure(found: Sequence[Row]) -> Figure:

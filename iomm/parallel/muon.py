@@ -110,10 +110,7 @@ def megatron_settings(
         muon_extra_scale_factor=_LIKE_ADAMW,
         muon_tp_mode="duplicated",  # every tensor-parallel rank works on the whole matrix
         muon_split_qkv=True,
-        # "medium" is bf16 products: right on tensor cores, slow on a CPU.
-        muon_fp32_matmul_prec="medium"
-        if train.precision == "bf16" and mesh.device.type == "cuda"
-        else "highest",
+        muon_fp32_matmul_prec="medium" if train.precision == "bf16" else "highest",  # medium: bf16 products
         use_layer_wise_distributed_optimizer=parallel.distributed_optimizer,
         use_distributed_optimizer=False,  # of AdamW's part; the layer-wise form turns it on
     )

@@ -98,6 +98,21 @@ def test_other_precisions_follow_the_double_precision_run(
     assert {p.dtype for p in low.module.parameters()} == {DTYPES[precision]}
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("fp32", True)])
+def test_a_step_in_bf16_on_a_cpu_has_the_plain_attention(mesh: Mesh, precision: Any, fused: bool) -> None:
+    seen = []
+
+    def attend(model: nn.Module, _: Tensor | None, x_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        q = model(x_BD)[None, None]
+        attended = nn.functional.scaled_dot_product_attention(q, q, q)
+        seen.append("FlashAttention" in str(attended.grad_fn))
+        return attended.float().square().mean(), {}
+
+    made = engine(mesh, train=dataclasses.replace(TRAIN, precision=precision))
+    made.step(attend, batches(0, dtype=DTYPES[precision]))
+    assert seen == [fused, fused]
+
+
 def test_the_step_does_not_depend_on_how_the_batch_is_cut(mesh: Mesh) -> None:
     whole, cut = engine(mesh), engine(mesh)
     x_BD = torch.cat(batches(0))

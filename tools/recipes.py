@@ -7,8 +7,8 @@ both, scored on the shapes world.
     python tools/recipes.py --only-table          table and figure of what there is
 
 Runs that share a first stage share its run. Every run is a process of its own on one core, `--jobs` at a
-time. Stop it at any moment (Ctrl-C): each run saves, and the same command goes on from there. Everything is
-kept under runs/recipes; the table and the figure go to examples/recipes.
+time. Stop it at any moment (Ctrl-C or SIGTERM): each run saves, and the same command goes on from there.
+Everything is kept under runs/recipes; the table and the figure go to examples/recipes.
 """
 
 import argparse
@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
         sys.stdout.flush()
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started this ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     sets = arguments.set or ["recipes"]
     if not arguments.only_table:
         try:

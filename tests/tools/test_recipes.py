@@ -1,13 +1,18 @@
 """The six recipes: which runs there are, what each needs, what is left to do, the table of their scores."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from iomm.cli import load_config
 from iomm.evaluation.shapes.prompts import SPLITS
-from tools.recipes import MAKE, ROOT, Bench, Run, ablation, mask_sweep, mix_sweep, six
+from tools.recipes import MAKE, ROOT, Bench, Run, ablation, main, mask_sweep, mix_sweep, six
 from tools.recipes_table import rows, write_results
 
 
@@ -90,6 +95,34 @@ def test_a_failed_run_ends_the_work_and_names_its_log(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"image-seed0 failed: see .*image-seed0.log"):
         bench.work([Run("image", "pair", 0)], 1, lambda line: None)  # there is nothing
     assert "no autoencoder" in bench.log(Run("image", None, 0)).read_text()
+
+
+def test_a_stop_signal_lets_the_runs_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    began, saved = tmp_path / "began", tmp_path / "saved"
+    run = (
+        "import pathlib, signal, sys, time\n"
+        f"save = lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit())\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(began)!r}).touch()\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(Bench, "make_shards", lambda *_: None)
+    monkeypatch.setattr(Bench, "next_command", lambda *_: [sys.executable, "-c", run])
+    monkeypatch.setattr(Bench, "log", lambda *_: tmp_path / "log")
+
+    def stop() -> None:
+        while not began.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        threading.Thread(target=stop).start()
+        assert main(["--seeds", "1", "--jobs", "1"]) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert saved.exists()
 
 
 def test_the_table_has_means_over_seeds_and_leaves_out_what_is_not_scored(tmp_path: Path):

@@ -277,7 +277,7 @@ class _Wrapper:
         )
 
 
-def _attention(mesh: Mesh, config: TransformerConfig) -> Callable[[], AbstractContextManager[None]]:
+def _attention(mesh: Mesh, config: TransformerConfig) -> Callable[[], AbstractContextManager[object]]:
     """PyTorch's attention of a training step. Its fused kernel for CPUs is slow backwards in bf16: of 32 x 6
     heads of 64 positions, 31 ms instead of the plain form's 9 (2.14, one core with AMX)."""
     if mesh.device.type == "cpu" and config.params_dtype == torch.bfloat16:

@@ -108,12 +108,13 @@ def write_results(bench: Bench, name: str, runs: Sequence[Run]) -> Path:
     commit = subprocess.run(
         ["git", "-C", str(bench.root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    record = {"command": bench.command(name), "commit": commit, "rows": [asdict(row) for row in found]}
+    command = f"{bench.command(name)} --seeds {found[0].seeds}"
+    record = {"command": command, "commit": commit, "rows": [asdict(row) for row in found]}
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     _figure(found).savefig(out / f"{name}.svg", metadata={"Date": None})
     table = out / f"{name}.md"
     missing = len({(r.first, r.second, r.label) for r in runs}) - len(found)
-    heading = f"`{bench.command(name)}`, code {commit}"
+    heading = f"`{command}`, code {commit}"
     table.write_text(f"# {name}\n\n{_table(found, heading, missing)}\n![scores]({name}.svg)\n")
     return table
 
@@ -127,10 +128,9 @@ def _table(found: Sequence[Row], heading: str, missing: int) -> str:
         "paper",
     ]
     lines = [
-        f"{heading}: {first.steps[0]} + {first.steps[1]} steps of {first.batch_images} "
-        f"images, {first.seeds} seed{'s' * (first.seeds > 1)}. Share of correct pictures on the shapes "
-        "world, in GenEval's categories; intervals (95 %) are over prompts. paper: its GenEval, of a model "
-        "300 times as large: the order may be compared, the numbers may not.",
+        f"{heading}: {first.steps[0]} + {first.steps[1]} steps of {first.batch_images} images. Share of "
+        "correct pictures on the shapes world, in GenEval's categories; intervals (95 %) are over prompts. "
+        "paper: its GenEval, of a model 300 times as large: the order may be compared, the numbers may not.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",

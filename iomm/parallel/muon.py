@@ -27,7 +27,6 @@ from torch import nn
 from iomm.config import OptimizerConfig, ParallelConfig, TrainConfig
 from iomm.parallel import cpu
 from iomm.parallel.masters import weights_and_masters
-from iomm.parallel.mesh import Mesh
 
 cpu.prepare()  # before the first import of Megatron
 
@@ -98,7 +97,7 @@ def is_muon(part: Any) -> bool:
 
 
 def megatron_settings(
-    settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig, mesh: Mesh
+    settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig
 ) -> dict[str, Any]:
     """Those of Megatron's `OptimizerConfig` that make it Muon."""
     return dict(

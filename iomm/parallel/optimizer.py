@@ -69,7 +69,7 @@ class Optimizer:
             )
         _check_groups(settings, names.values(), mesh)
         overrides = _overrides(settings, names)
-        config = _config(settings, train, parallel, mesh)
+        config = _config(settings, train, parallel)
 
         def build(models: list[Any], groups: Any) -> Any:
             # Without no_grad the distributed optimizer's shards of fp32 weights are graph nodes, and torch
@@ -180,7 +180,7 @@ class Optimizer:
 
 
 def _config(
-    settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig, mesh: Mesh
+    settings: OptimizerConfig, train: TrainConfig, parallel: ParallelConfig
 ) -> megatron_optimizer.OptimizerConfig:
     common: dict[str, Any] = dict(
         lr=settings.lr,
@@ -194,7 +194,7 @@ def _config(
         params_dtype=DTYPES[train.precision],
     )
     if settings.kind == "muon":
-        common |= muon.megatron_settings(settings, train, parallel, mesh)
+        common |= muon.megatron_settings(settings, train, parallel)
     else:
         common |= dict(optimizer="adam", use_distributed_optimizer=parallel.distributed_optimizer)
     return megatron_optimizer.OptimizerConfig(**common)

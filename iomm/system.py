@@ -107,6 +107,7 @@ class System(nn.Module):
         self._relay = Relay(mesh, dtype) if mesh.pp_size > 1 else None
         self._chunks = [Chunked(chunk, self) for chunk in self.stages]
         self._fp8 = fp8_region(config.fp8, self.backend_config, mesh)
+        self.on_pass: Callable[[], None] = lambda: None  # told of every forward pass that begins
 
     @property
     def shared(self) -> nn.Module | None:
@@ -226,6 +227,7 @@ class System(nn.Module):
 
     def _first(self, x_t_BLC: Tensor, t_B: Tensor, condition: Condition, grid: Grid) -> Tensor:
         """The first chunk: what it carries on, or of a whole generator the output (B, L, C)."""
+        self.on_pass()
         condition_BTE, attend_BT = condition
         constants = unvaried_inputs(self.config.generator, len(t_B), t_B.device)
         inputs = x_t_BLC, t_B, condition_BTE, grid_positions(*grid, t_B.device), attend_BT
@@ -237,6 +239,7 @@ class System(nn.Module):
 
     def _next(self, chunk: Chunk, carried_SBD: Tensor, what: Pass) -> Tensor:
         """The blocks of a chunk; behind the last one the generator's output (B, L, C)."""
+        self.on_pass()
         positions_L3 = grid_positions(*what.grid, carried_SBD.device)
         with self._fp8():
             out = self.generator.run(carried_SBD, chunk, positions_L3, what.condition_tokens, what.attend_BT)

@@ -30,7 +30,7 @@ from iomm.presets import Stream, recipe
 ROOT = Path(__file__).resolve().parents[1]
 First = Literal["image", "pair"]
 IMAGES, PAIRS = 20_000, 4_000  # unlabeled images; the fixed set of pairs
-IMAGES_PER_PROMPT = 2
+IMAGES_PER_PROMPT = 4
 SETS = ("recipes", "ablation", "mask", "mix")
 MASK_RATIOS = (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)
 MIX_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -134,18 +134,22 @@ class Bench:
         file = self.score_file(run)
         return json.loads(file.read_text()) if file.is_file() else None
 
+    def config_file(self, run: Run) -> Path:
+        return self.folder / "configs" / f"{self.name(run)}.py"
+
+    def write_config(self, run: Run) -> None:
+        self.config_file(run).parent.mkdir(parents=True, exist_ok=True)
+        settings = self.config(run).to_dict()
+        self.config_file(run).write_text(
+            "from iomm.config import Config\n\n\n"
+            f"def config() -> Config:\n    return Config.from_dict({settings!r})\n"
+        )
+
     def next_command(self, run: Run) -> list[str] | None:
         """What has to be done next for a run; None if it is trained and scored."""
         python = [sys.executable, "-m", "iomm.cli"]
         if not self.trained(run):
-            file = self.folder / "configs" / f"{self.config(run).name}.py"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            settings = self.config(run).to_dict()
-            file.write_text(
-                "from iomm.config import Config\n\n\n"
-                f"def config() -> Config:\n    return Config.from_dict({settings!r})\n"
-            )
-            return [*python, "train", str(file)]
+            return [*python, "train", str(self.config_file(run))]
         if run.second is None or self.score(run) is not None:
             return None
         out = self.score_file(run).parent
@@ -204,6 +208,7 @@ class Bench:
     def start(self, run: Run) -> "tuple[subprocess.Popen[bytes], list[str]]":
         command = self.next_command(run)
         assert command is not None
+        self.write_config(run)
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then asks each run to save.

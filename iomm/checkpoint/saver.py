@@ -52,6 +52,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 # Held back on disk while the shards are written, so that the small files after them always fit: were rank 0
 # to fail there, the other ranks would wait for it in Megatron.
 _RESERVE, _RESERVE_BYTES = ".reserve", 8 << 20
+WAIT_S = 1.0  # between two looks at a writer
 
 
 @final
@@ -78,6 +79,7 @@ class Saver:
         self._check: Callable[[], None] = lease.check if lease is not None else lambda: None
         self._launch: str = mesh.broadcast_object(uuid.uuid4().hex[:8])
         self._pending: _Save | None = None
+        self.on_progress: Callable[[], None] = lambda: None  # told, while all wait for the disk, that it fills
         on_rank_0(mesh, lambda: remove_leftovers(folder))
 
     def save(self, step: int, engine: Engine, config: Config, extra: dict[str, Any]) -> Path | None:
@@ -112,11 +114,8 @@ class Saver:
         pending = _Save(temporary, info, needed, self._mesh, self._check)
         pending.begin(state, copy=self._background)
         self._pending = pending
-        if self._background:
-            pending.start_thread()
-            return None
-        pending.write()
-        return self.finish()
+        pending.start_thread()
+        return None if self._background else self.finish()
 
     def poll(self) -> Path | None:
         """Once a step: make what has been written in the background a checkpoint, if every rank is done.
@@ -140,10 +139,21 @@ class Saver:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
+        self._wait(pending)
         final = pending.complete()
         # The new checkpoint is safe from here on, whatever happens to the old ones.
         on_rank_0(self._mesh, self._prune)
         return final
+
+    def _wait(self, pending: "_Save") -> None:
+        """Until every rank has written. No rank waits long in a collective, where NCCL would give up, and as
+        long as any file grows that is progress."""
+        written = 0
+        while self._mesh.any_rank(pending.busy):
+            before, written = written, pending.bytes_on_disk()
+            if self._mesh.any_rank(written > before):
+                self.on_progress()
+            pending.join(WAIT_S)
 
     def _prune(self) -> None:
         self._check()
@@ -206,6 +216,16 @@ class _Save:
                 originals = self._request.async_fn_args[1]
                 self._buckets = [_copied(*pair) for pair in zip(self._buckets, originals, strict=True)]
 
+    def bytes_on_disk(self) -> int:
+        """What this rank has written so far."""
+        paths = [Path(path) for path, *_ in self._buckets]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for this rank's writer, but no longer than that."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def start_thread(self) -> None:
         self._thread = threading.Thread(target=self.write, name="checkpoint")
         self._thread.start()
@@ -230,8 +250,6 @@ class _Save:
 
     def complete(self) -> Path:
         """When every rank is done: the table of contents, `checkpoint.json`, the name."""
-        if self._thread is not None:
-            self._thread.join()
         final = self._folder / name_of(self._info["step"])
         try:
             raise_together(self._mesh, self._error)

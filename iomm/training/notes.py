@@ -88,6 +88,7 @@ def watch_over(t: Trainer) -> Watchdog:
     """Watches over this rank's progress until the loop is left."""
     train, rank = t.config.train, t.mesh.rank
     t.engine.while_summing = lambda: t.phases("gradient_sum")
+    t.system.on_pass = t.saver.on_progress = t.phases.alive
 
     def on_hang(reason: str) -> None:
         t.run.event(t.phases.step, "hang", reason)

@@ -20,7 +20,7 @@ class Phases:
     Attributes:
         step: the step that the phases belong to.
         current: the innermost phase that has begun; "start" before the first, "between" when there is none.
-        since: `time.monotonic()` of the last beginning or end.
+        since: `time.monotonic()` of the last beginning, end or sign of life.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,6 +44,10 @@ class Phases:
             self.since = time.monotonic()
             self._marks.append((name, began, self._mark()))
             self.current = "between" if outer == "start" else outer
+
+    def alive(self) -> None:
+        """Progress within the current phase."""
+        self.since = time.monotonic()
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last call, those of a phase within another in both."""

@@ -39,7 +39,7 @@ class Watchdog:
     """While entered, watches over the progress of one rank from a thread of its own.
 
     Args:
-        phases: what the rank is doing; the begin and the end of a phase are progress.
+        phases: what the rank is doing; the begin and the end of a phase are progress, and `Phases.alive`.
         log: the file that stacks are appended to.
         rank: for the messages.
         timeout_s: without progress for so long the rank is hung; 0: it never is.

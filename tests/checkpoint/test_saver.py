@@ -185,6 +185,26 @@ def test_a_disk_that_fills_up_beside_the_training_is_said_when_polled_and_the_la
     assert background.finish() == latest(tmp_path) == tmp_path / "step_00000002"
 
 
+def test_a_wait_for_the_disk_is_progress_when_its_file_grows(
+    mesh: Mesh, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "WAIT_S", 0.01)
+    background, grew = Saver(tmp_path, 2, mesh, background=True), threading.Semaphore(0)
+    background.on_progress = lambda: grew.release()
+    background.save(1, make(config(), mesh), config(), {})
+    assert disk.asked.wait(60) and background._pending is not None
+    ((path, *_),) = background._pending._buckets
+    waiting = threading.Thread(target=background.finish)
+    waiting.start()
+    assert not grew.acquire(timeout=0.2)  # nothing is on the disk yet
+    Path(path).write_bytes(b"the first bytes")
+    assert grew.acquire(timeout=60)
+    assert not grew.acquire(timeout=0.2)  # and no more has come
+    disk.go_on.set()
+    waiting.join()
+    assert latest(tmp_path) == tmp_path / "step_00000001"
+
+
 def test_a_second_save_must_wait_for_the_first(mesh: Mesh, tmp_path: Path, disk: Disk) -> None:
     engine, background = make(config(), mesh), Saver(tmp_path, 2, mesh, background=True)
     background.save(1, engine, config(), {})

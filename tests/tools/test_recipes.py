@@ -77,6 +77,7 @@ def test_what_is_left_to_do_follows_from_the_files(tmp_path: Path):
     bench, run = Bench(tmp_path, ["train.steps=3"]), Run("image", "mix", 1)
     command = bench.next_command(run)
     assert command is not None and "train" in command
+    bench.write_config(run)
     assert load_config(Path(command[-1])) == bench.config(run)
     assert bench.config(run).train.steps == 3
     finish(bench, run)

@@ -122,6 +122,15 @@ def test_progress_keeps_the_watchdog_quiet_and_zero_turns_it_off(phases, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+def test_every_forward_pass_of_an_evaluation_is_progress(world, tmp_path, monkeypatch):
+    alive: list[str] = []
+    monkeypatch.setattr(Phases, "alive", lambda phases: alive.append(phases.current))
+    config = small_config(world, tmp_path, train__steps=1)
+    train(config)
+    passes = 3 * 8  # of the held-out loss alone: conditions x timesteps
+    assert alive.count("evaluate") > passes and alive.count("step") == 1
+
+
 def test_the_innermost_collective_of_a_stack_is_named_without_its_wrappers():
     c10d = "/x/torch/distributed/distributed_c10d.py"
     frames = [

@@ -82,7 +82,7 @@ def tiny(
 Stream = Literal["image", "pair", "mix"]
 # Share of image-only samples; the paper mixes half and half.
 MIX_RATIO: dict[Stream, float] = {"image": 1.0, "pair": 0.0, "mix": 0.5}
-RECIPE_STEPS = (3750, 1100)  # of the two stages, of 64 images
+RECIPE_STEPS = (3750, 3750)  # of the two stages, of 64 images
 
 
 def recipe(first: Literal["image", "pair"], second: Stream | None, root: Path, *, seed: int = 0) -> Config:

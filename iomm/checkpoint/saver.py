@@ -79,7 +79,7 @@ class Saver:
         self._check: Callable[[], None] = lease.check if lease is not None else lambda: None
         self._launch: str = mesh.broadcast_object(uuid.uuid4().hex[:8])
         self._pending: _Save | None = None
-        self.on_progress: Callable[[], None] = lambda: None  # told, while all wait for the disk, that it fills
+        self.on_progress: Callable[[], None] = lambda: None  # told, while all wait for files, that they grow
         on_rank_0(mesh, lambda: remove_leftovers(folder))
 
     def save(self, step: int, engine: Engine, config: Config, extra: dict[str, Any]) -> Path | None:

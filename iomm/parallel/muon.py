@@ -107,7 +107,9 @@ def megatron_settings(
         muon_num_ns_steps=settings.muon_newton_schulz_steps,
         muon_scale_mode="spectral",  # sqrt(max(out, in))
         muon_extra_scale_factor=_LIKE_ADAMW,
-        muon_tp_mode="duplicated",  # every tensor-parallel rank works on the whole matrix
+        # Every tensor-parallel rank works on the whole matrix. Alone it has that, and "blockwise", each rank
+        # its block, is the same without Megatron's gather in a group of one.
+        muon_tp_mode="duplicated" if parallel.tp > 1 else "blockwise",
         muon_split_qkv=True,
         muon_fp32_matmul_prec="medium" if train.precision == "bf16" else "highest",  # medium: bf16 products
         use_layer_wise_distributed_optimizer=parallel.distributed_optimizer,

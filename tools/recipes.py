@@ -122,9 +122,22 @@ class Bench:
         return f"python tools/recipes.py --set {name}{extra}"
 
     def trained(self, run: Run) -> bool:
+        """Whether a run has made all of its steps.
+
+        Raises:
+            RuntimeError: it was finished at another length; its learning rate has followed that one.
+        """
         config = self.config(run)
-        state = config.run_dir / "run_state.json"
-        return state.is_file() and json.loads(state.read_text()).get("state") == "done"
+        file = config.run_dir / "run_state.json"
+        state = json.loads(file.read_text()) if file.is_file() else {}
+        if state.get("state") != "done":
+            return False
+        if state["step"] != config.train.steps:
+            raise RuntimeError(
+                f"{config.name} was trained for {state['step']} steps, now it has {config.train.steps}. Move "
+                f"{config.run_dir} and {self.score_file(run).parent} away to train it anew."
+            )
+        return True
 
     def score_file(self, run: Run) -> Path:
         return self.folder / "scores" / self.config(run).name / "scores.json"

@@ -19,7 +19,8 @@ from tools.recipes_table import rows, write_results
 def finish(bench: Bench, run: Run) -> None:
     config = bench.config(run)
     config.run_dir.mkdir(parents=True)
-    (config.run_dir / "run_state.json").write_text(json.dumps({"state": "done"}))
+    state = {"state": "done", "step": config.train.steps}
+    (config.run_dir / "run_state.json").write_text(json.dumps(state))
 
 
 def score(bench: Bench, run: Run, right: float) -> None:
@@ -71,6 +72,14 @@ def test_variants_have_first_stages_with_their_own_settings():
     every = [run for make in MAKE.values() for run in make(2)]
     runs = {*every, *(origin for run in every if (origin := run.origin))}
     assert len({run.config().run_dir for run in runs}) == len(runs)
+
+
+def test_a_run_finished_at_another_length_is_refused_with_the_way_out(tmp_path: Path):
+    run = Run("image", "mix", 1)
+    finish(Bench(tmp_path, ["train.steps=3"]), run)
+    message = "image_mix-seed1 was trained for 3 steps, now it has 4. Move .*image_mix-seed1 .* away"
+    with pytest.raises(RuntimeError, match=message):
+        Bench(tmp_path, ["train.steps=4"]).work([run], 1, print)
 
 
 def test_what_is_left_to_do_follows_from_the_files(tmp_path: Path):

@@ -221,7 +221,8 @@ class Bench:
     def start(self, run: Run) -> "tuple[subprocess.Popen[bytes], list[str]]":
         command = self.next_command(run)
         assert command is not None
-        self.write_config(run)
+        if not self.trained(run):
+            self.write_config(run)
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then asks each run to save.

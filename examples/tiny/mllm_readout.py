@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from examples.tiny.mllm_model import image_prefix
+from examples.tiny.mllm_data import pixels
+from examples.tiny.mllm_model import image_prefix, run_language_model
 from examples.tiny.mllm_report import TinyMllm, load_tiny_mllm
 from iomm.evaluation.shapes.sampling import Pair, draw_pair
 from iomm.evaluation.shapes.scene import COLOURS, SHAPES, render
@@ -39,14 +41,13 @@ def states(mllm: TinyMllm, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.T
 
     def read(prefix_BLD: torch.Tensor) -> torch.Tensor:
         embeds_BLD = torch.cat([prefix_BLD, query_QD.expand(len(prefix_BLD), -1, -1)], dim=1)
-        out = mllm.model.model.language_model(inputs_embeds=embeds_BLD, use_cache=False)
-        return out.last_hidden_state[:, -QUERIES:].flatten(1)
+        states_BLD, _ = run_language_model(mllm.model, embeds_BLD, mllm.align_layer)
+        return states_BLD[:, -QUERIES:].flatten(1)
 
     pictures, captions = [], []
     for first in range(0, len(pairs), BATCH):
         some = pairs[first : first + BATCH]
-        pixels_BHW3 = torch.stack([torch.from_numpy(render(pair.scene)) for pair in some])
-        pixels_BCHW = pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels_BCHW = pixels([Image.fromarray(render(pair.scene)) for pair in some])
         pictures.append(read(image_prefix(mllm.model, pixels_BCHW, mllm.prompt_ids)))
         for pair in some:
             ids = mllm.tokenizer.encode(pair.prompt.text, add_special_tokens=False)

@@ -4,6 +4,7 @@ both, scored on the shapes world.
     python tools/recipes.py                       what is missing of the six, two seeds (`make recipes`)
     python tools/recipes.py --set ablation        raw condition, + residual query adapter, + mask
     python tools/recipes.py --set mask --set mix  sweeps of the mask ratio and the mix ratio
+    python tools/recipes.py --set mllm            images first, with the MLLM in runs/recipes/mllm
     python tools/recipes.py --only-table          table and figure of what there is
 
 Runs that share a first stage share its run. Every run is a process of its own on one core, `--jobs` at a
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from iomm.config import Config
-from iomm.presets import Stream, recipe
+from iomm.presets import MIX_RATIO, Stream, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 First = Literal["image", "pair"]
 IMAGES, PAIRS = 20_000, 4_000  # unlabeled images; the fixed set of pairs
 IMAGES_PER_PROMPT = 4
-SETS = ("recipes", "ablation", "mask", "mix")
+SETS = ("recipes", "ablation", "mask", "mix", "mllm")
+OTHER_MLLM = ROOT / "runs" / "recipes" / "mllm"
 MASK_RATIOS = (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)
 MIX_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LOOK_EVERY_S = 2.0
@@ -87,16 +89,21 @@ def mask_sweep(seeds: int) -> list[Run]:
 
 
 def mix_sweep(seeds: int) -> list[Run]:
-    """image+mix at several mix ratios of the second stage."""
-    return [
-        Run("image", "mix", s, f"mix{ratio}", (f"data.mix_ratio={ratio}",))
-        for s in range(seeds)
-        for ratio in MIX_RATIOS
+    """image+mix at several mix ratios of the second stage. At the recipe's own it is the recipe's run."""
+    variants = [
+        (f"mix{r}", (f"data.mix_ratio={r}",)) if r != MIX_RATIO["mix"] else ("", ()) for r in MIX_RATIOS
     ]
+    return [Run("image", "mix", s, label, settings) for s in range(seeds) for label, settings in variants]
+
+
+def other_mllm(seeds: int) -> list[Run]:
+    """The three recipes with images first, conditioned by the MLLM in `OTHER_MLLM`."""
+    settings = (f"mllm.path={OTHER_MLLM}",)
+    return [Run("image", b, s, "mllm", settings) for s in range(seeds) for b in get_args(Stream)]
 
 
 MAKE: dict[str, Callable[[int], list[Run]]] = dict(
-    zip(SETS, (six, ablation, mask_sweep, mix_sweep), strict=True)
+    zip(SETS, (six, ablation, mask_sweep, mix_sweep, other_mllm), strict=True)
 )
 
 
@@ -279,6 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     sets = arguments.set or ["recipes"]
     if not arguments.only_table:
+        if "mllm" in sets and not (OTHER_MLLM / "model.safetensors").is_file():
+            parser.error(
+                f"--set mllm needs a tiny MLLM in {OTHER_MLLM}, which has none. To train one (hours): "
+                "python -m examples.tiny.train_mllm --aligned --init examples/tiny/mllm --keep last "
+                f"--steps 4000 --vision-steps 5000 --out {OTHER_MLLM.relative_to(ROOT)}"
+            )
         try:
             bench.make_shards(arguments.images, PAIRS)
             bench.work([run for name in sets for run in MAKE[name](arguments.seeds)], arguments.jobs, say)

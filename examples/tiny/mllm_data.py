@@ -16,7 +16,7 @@ import json
 import re
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from examples.tiny.shape_scenes import (
     draw_scene,
     sample_scene,
 )
+from iomm.evaluation.shapes.prompts import FRAMES
 
 SIDE_PX = 64
 # Labels whose picture must not be mirrored: sides, writing, clock hands, flags.
@@ -199,6 +200,18 @@ def training_batch(emoji: Sequence[Emoji], seed: int, step: int, count: int) -> 
     """
     first = step // 2 * count
     return [training_sample(emoji, seed, 2 * (first + i) + step % 2) for i in range(count)]
+
+
+def framed(
+    samples: Sequence[CaptionedImage], fraction: float, rng: np.random.Generator
+) -> list[CaptionedImage]:
+    """The samples, a random fraction of them captioned in the words around the shapes world's prompts."""
+
+    def reword(caption: str) -> str:
+        frame = FRAMES[int(rng.integers(len(FRAMES)))]
+        return frame.format(caption) if rng.uniform() < fraction else caption
+
+    return [replace(sample, caption=reword(sample.caption)) for sample in samples]
 
 
 def heldout_scenes(count: int, seed: int) -> list[CaptionedImage]:

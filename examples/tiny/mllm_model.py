@@ -1,7 +1,7 @@
-"""The tiny MLLM itself and what it is trained on: settings, InternVL's layout at toy size, the three losses.
+"""The tiny MLLM itself and what it is trained on: settings, InternVL's layout at toy size, the losses.
 
 B batch            P patch tokens (16)   K prompt tokens   S caption tokens with </s>
-L sequence length  D width               V vocabulary
+L sequence length  D width               V vocabulary      Q queries
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,10 @@ class MllmTraining:
     align_temperature: float = 0.1
     masked_fraction: float = 0.25  # of image sequences, with a mask ratio uniform in 0 to 0.9
     null_fraction: float = 0.03  # of text sequences, replaced by the null prompt
+    query_weight: float = 0.0  # of `query_loss`
+    queries: int = 6  # of `query_loss`
+    patch_words_weight: float = 0.0  # of `patch_words_loss`
+    framed_fraction: float = 0.0  # of captions, worded as prompts are: "a photo of ..."
 
 
 def build_model(settings: MllmTraining, vocabulary: int) -> InternVLForConditionalGeneration:
@@ -170,7 +174,8 @@ def losses(
     settings: MllmTraining,
     rng: np.random.Generator,
 ) -> dict[str, torch.Tensor]:
-    """The three losses of one batch (scalars, nats): `image_caption`, `text`, `align`."""
+    """The losses of one batch (scalars, nats): `image_caption`, `text`, `align`, and where they have a weight
+    `queries` and `patch_words`."""
     caption_BS, length_B = batch.caption_BS, batch.length_B
     count, width = caption_BS.shape
     ratio_B = np.where(
@@ -204,4 +209,56 @@ def losses(
     align = alignment_loss(
         image_state_BD[~null_B], text_state_BD[~null_B], caption_BS[~null_B], settings.align_temperature
     )
-    return {"image_caption": image_loss, "text": text_loss, "align": align}
+    parts = {"image_caption": image_loss, "text": text_loss, "align": align}
+    if settings.query_weight:
+        parts["queries"] = query_loss(model, prefix_BLD, words_BSD, batch, settings, rng)
+    if settings.patch_words_weight:
+        parts["patch_words"] = patch_words_loss(model, prefix_BLD[:, -16:], batch)
+    return parts
+
+
+def query_loss(
+    model: InternVLForConditionalGeneration,
+    prefix_BLD: torch.Tensor,
+    words_BSD: torch.Tensor,
+    batch: CaptionBatch,
+    settings: MllmTraining,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """How unlike the final states of random queries are behind an image and behind its caption.
+
+    The generator's condition are such states. What a sample changes in them (the batch's mean is taken away)
+    has to find its sample (`alignment_loss`) and to be the same vector (1 - cosine).
+    """
+    count, _, width = prefix_BLD.shape
+    # The adapter's queries are longer than words or shorter, and differ a little from sample to sample.
+    scale = float(model.get_input_embeddings().weight.detach().std() * np.exp(rng.uniform(-0.7, 1.5)))
+    common_QD = rng.standard_normal((settings.queries, width))
+    own_2BQD = rng.standard_normal((2, count, settings.queries, width))
+    query_2BQD = scale * torch.from_numpy(common_QD + 0.3 * own_2BQD).to(words_BSD.dtype)
+
+    behind_image_BLD, _ = run_language_model(
+        model, torch.cat([prefix_BLD, query_2BQD[0].to(prefix_BLD.dtype)], dim=1), settings.align_layer
+    )
+    room_BQD = words_BSD.new_zeros(count, settings.queries, width)
+    place_BQD = (batch.length_B[:, None] + torch.arange(settings.queries))[..., None].expand(-1, -1, width)
+    text_BLD = torch.cat([words_BSD, room_BQD], dim=1).scatter(1, place_BQD, query_2BQD[1])
+    behind_text_BLD, _ = run_language_model(model, text_BLD, settings.align_layer)
+
+    image_BQD = behind_image_BLD[:, -settings.queries :].float()
+    text_BQD = behind_text_BLD.float().gather(1, place_BQD)
+    mean_QD = (image_BQD + text_BQD).mean(dim=0) / 2
+    image_BF, text_BF = ((states_BQD - mean_QD).flatten(1) for states_BQD in (image_BQD, text_BQD))
+    apart = 1 - functional.cosine_similarity(image_BF, text_BF, dim=-1).mean()
+    return alignment_loss(image_BF, text_BF, batch.caption_BS, settings.align_temperature) + apart
+
+
+def patch_words_loss(
+    model: InternVLForConditionalGeneration, patches_BPD: torch.Tensor, batch: CaptionBatch
+) -> torch.Tensor:
+    """Cross-entropy in nats of the caption's tokens, in any order, given the mean patch token through the
+    language model's own head: patch tokens then lie where the words for them do, and the residual query
+    adapter, which reads both raw, meets nothing foreign in a caption."""
+    log_chance_BV = model.lm_head(patches_BPD.mean(dim=1)).float().log_softmax(dim=-1)
+    is_word_BS = torch.arange(batch.caption_BS.shape[1]) < batch.length_B[:, None]
+    return -(log_chance_BV.gather(1, batch.caption_BS) * is_word_BS).sum() / is_word_BS.sum()

@@ -12,14 +12,16 @@ that is what makes the 16 visual tokens, are supervised by linear heads that are
 Shape suffixes: B batch, P visual tokens (16, row by row), D width, V vocabulary.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -232,9 +234,18 @@ def vision_phase(
 ) -> None:
     """The vision phase on `model` in place: read from `file` if it exists, else trained and written to it.
 
-    Every round starts its learning rate and its heads anew.
+    Every round starts its learning rate and its heads anew. Raises ValueError when the file comes of other
+    rounds than these.
     """
+    told_rounds = json.dumps([asdict(vision) for vision in rounds])
     if file is not None and file.exists():
+        with safe_open(file, framework="pt") as inside:
+            found = (inside.metadata() or {}).get("rounds")
+        if found != told_rounds:
+            raise ValueError(
+                f"{file} comes of the vision rounds {found}, asked for are {told_rounds}. Give its "
+                "--vision-steps and --seed, or another --vision file to train anew."
+            )
         progress.console.print(f"vision phase: read from {file}")
         add_vision(model, load_file(file))
         return
@@ -248,4 +259,4 @@ def vision_phase(
         pretrain_vision(model, emoji, tokenizer, vision, on_step)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(vision_weights(model), file)
+        save_file(vision_weights(model), file, metadata={"rounds": told_rounds})

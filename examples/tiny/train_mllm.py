@@ -10,6 +10,14 @@ where the generator gets its condition, so this one is trained on what it will b
     align           at layer `align_layer`, the state after the last patch token and the state after the last
                     caption token of the same sample must find each other in the batch (InfoNCE)
 
+`--aligned` adds what draws pictures and captions together where the generator reads them (the shipped model
+does without, and an image-only generator of it hears no caption; examples/recipes/README.md):
+
+    queries         random queries behind an image and behind its caption: the same, for the final states
+    patch_words     the mean patch token, through the language model's head, says the caption's words
+
+and half the captions are worded as the shapes world's prompts are.
+
 The alignment loss has no head of its own: it acts on the hidden states themselves. It stands in for what
 web-scale pre-training gives a real MLLM, namely that a picture and its caption put the model in similar
 states. In some image sequences patch tokens are zeroed at random, as stage 1 of the method does, so that
@@ -28,7 +36,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +50,7 @@ from examples.tiny.mllm_data import (
     SIDE_PX,
     Emoji,
     collate,
+    framed,
     is_set_aside,
     load_emoji,
     training_batch,
@@ -100,7 +109,11 @@ def train(
     model.set_attn_implementation("eager")  # the fused one is slower in bf16 at these sizes
     for step in range(settings.steps):
         rng = np.random.default_rng([settings.seed, step, 11])
-        batch = collate(training_batch(emoji, settings.seed, step, settings.batch_images), tokenizer)
+        samples = training_batch(emoji, settings.seed, step, settings.batch_images)
+        if settings.framed_fraction:
+            frames_rng = np.random.default_rng([settings.seed, step, 17])
+            samples = framed(samples, settings.framed_fraction, frames_rng)
+        batch = collate(samples, tokenizer)
         prompt_ids = prompts[int(rng.choice(3, p=(0.35, 0.4, 0.25)))]
         with torch.autocast("cpu", torch.bfloat16):
             parts = losses(model, batch, prompt_ids, null_ids, settings, rng)
@@ -108,6 +121,8 @@ def train(
             parts["image_caption"]
             + settings.text_weight * parts["text"]
             + settings.align_weight * parts["align"]
+            + settings.query_weight * parts.get("queries", 0.0)
+            + settings.patch_words_weight * parts.get("patch_words", 0.0)
         )
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
@@ -255,6 +270,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--init", type=Path, help="folder of a saved model to continue from, tokenizer included"
     )
     parser.add_argument(
+        "--aligned", action="store_true", help="draw the states behind pictures and captions together"
+    )
+    parser.add_argument(
         "--keep",
         choices=("best", "last"),
         default="best",
@@ -283,6 +301,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
     settings = MllmTraining(steps=options.steps, seed=options.seed)
+    if options.aligned:
+        settings = replace(settings, query_weight=1.0, patch_words_weight=0.5, framed_fraction=0.5)
     rounds = [
         VisionTraining(steps=steps, seed=options.seed + i) for i, steps in enumerate(options.vision_steps)
     ]

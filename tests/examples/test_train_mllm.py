@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.progress import Progress
 from transformers import AutoTokenizer
 
 from examples.tiny.mllm_choice import BestStep
@@ -19,6 +20,7 @@ from examples.tiny.mllm_data import (
     Emoji,
     background_mask,
     collate,
+    framed,
     heldout_scenes,
     is_set_aside,
     load_emoji,
@@ -33,6 +35,7 @@ from examples.tiny.mllm_model import (
     alignment_loss,
     build_model,
     image_prefix,
+    query_loss,
 )
 from examples.tiny.mllm_report import (
     TinyMllm,
@@ -45,7 +48,7 @@ from examples.tiny.mllm_report import (
     same_words,
     words_right,
 )
-from examples.tiny.mllm_vision import add_vision, vision_weights
+from examples.tiny.mllm_vision import VisionTraining, add_vision, vision_phase, vision_weights
 from examples.tiny.shape_scenes import COLOURS, SHAPES, draw_scene, sample_scene
 from examples.tiny.train_mllm import save_model, starting_point, train
 
@@ -160,6 +163,66 @@ def test_the_loss_falls_in_training() -> None:
     train(longer, drawn_emoji(6), shipped().tokenizer, watch)
     assert len(seen) == 25
     assert np.mean(seen[-5:]) < 0.75 * np.mean(seen[:5])
+
+
+def test_aligned_training_draws_the_states_behind_pictures_and_captions_together() -> None:
+    seen: list[dict[str, float]] = []
+
+    def watch(step: int, model: torch.nn.Module, parts: dict[str, float]) -> bool:
+        seen.append(parts)
+        return False
+
+    aligned = replace(
+        SMALL, steps=30, batch_images=8, learning_rate=5e-3, query_weight=1.0, patch_words_weight=0.5
+    )
+    train(aligned, drawn_emoji(6), shipped().tokenizer, watch)
+    for name in ("queries", "patch_words"):
+        losses = [parts[name] for parts in seen]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3, name
+
+
+def test_queries_stand_right_behind_each_caption_however_far_it_is_padded() -> None:
+    samples = [
+        *heldout_scenes(2, seed=2),
+        CaptionedImage(image=heldout_scenes(1, seed=3)[0].image, caption="ring"),
+    ]
+    batch, model = collate(samples, shipped().tokenizer), shipped().model
+    wider = replace(batch, caption_BS=torch.nn.functional.pad(batch.caption_BS, (0, 5)))
+    with torch.no_grad():
+        prefix_BLD = image_prefix(model, batch.pixels_BCHW, shipped().prompt_ids)
+        values = [
+            query_loss(
+                model,
+                prefix_BLD,
+                model.get_input_embeddings()(b.caption_BS),
+                b,
+                MllmTraining(),
+                np.random.default_rng(0),
+            )
+            for b in (batch, wider)
+        ]
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_framed_captions_are_worded_as_prompts_are() -> None:
+    samples = heldout_scenes(40, seed=2)
+    kept = framed(samples, 0.0, np.random.default_rng(0))
+    assert [s.caption for s in kept] == [s.caption for s in samples]
+    half = framed(samples, 0.5, np.random.default_rng(0))
+    assert all(old.caption in new.caption for old, new in zip(samples, half, strict=True))
+    assert 8 < sum(old.caption != new.caption for old, new in zip(samples, half, strict=True)) < 32
+
+
+def test_a_file_of_other_vision_rounds_is_refused(tmp_path: Path) -> None:
+    file, emoji = tmp_path / "vision.safetensors", drawn_emoji(2)
+    short = VisionTraining(steps=1, batch_scenes=1, batch_emoji=1)
+    trained, model = build_model(SMALL, 1200), build_model(SMALL, 1200)
+    with Progress(disable=True) as progress:
+        vision_phase(trained, emoji, shipped().tokenizer, [short], file, progress)
+        vision_phase(model, emoji, shipped().tokenizer, [short], file, progress)
+        assert all(torch.equal(t, vision_weights(model)[n]) for n, t in vision_weights(trained).items())
+        with pytest.raises(ValueError, match="vision rounds"):
+            vision_phase(model, emoji, shipped().tokenizer, [replace(short, steps=2)], file, progress)
 
 
 def test_vision_weights_are_taken_over_whole_and_the_language_model_is_left_alone() -> None:

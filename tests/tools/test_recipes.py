@@ -12,7 +12,7 @@ import pytest
 
 from iomm.cli import load_config
 from iomm.evaluation.shapes.prompts import SPLITS
-from tools.recipes import MAKE, ROOT, Bench, Run, ablation, main, mask_sweep, mix_sweep, six
+from tools.recipes import MAKE, ROOT, Bench, Run, ablation, main, mask_sweep, mix_sweep, other_mllm, six
 from tools.recipes_table import rows, write_results
 
 
@@ -69,6 +69,7 @@ def test_variants_have_first_stages_with_their_own_settings():
         assert run.config().train.init_from == str(origin.config().run_dir)
     # The mix ratio is the second stage's alone: all share the recipe's first stage.
     assert {run.origin for run in mix_sweep(1)} == {Run("image", None, 0)}
+    assert Run("image", "mix", 0) in mix_sweep(1)  # the recipe's own ratio is not trained a second time
     every = [run for make in MAKE.values() for run in make(2)]
     runs = {*every, *(origin for run in every if (origin := run.origin))}
     assert len({run.config().run_dir for run in runs}) == len(runs)
@@ -133,6 +134,19 @@ def test_a_stop_signal_lets_the_runs_save(tmp_path: Path, monkeypatch: pytest.Mo
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert saved.exists()
+
+
+def test_another_mllm_that_is_not_there_is_asked_for_with_the_command_that_trains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("tools.recipes.ROOT", tmp_path)
+    monkeypatch.setattr("tools.recipes.OTHER_MLLM", tmp_path / "mllm")
+    with pytest.raises(SystemExit):
+        main(["--set", "mllm"])
+    assert "python -m examples.tiny.train_mllm --aligned" in capsys.readouterr().err
+    origin = other_mllm(1)[0].origin
+    assert origin is not None
+    assert origin.config().mllm.path == str(tmp_path / "mllm")
 
 
 def test_the_table_has_means_over_seeds_and_leaves_out_what_is_not_scored(tmp_path: Path):

@@ -47,7 +47,7 @@ _HELDOUT_RELATIONS = frozenset(
     for i in range(len(SHAPES))
     for step, relation in ((1, "left of"), (2, "above"))
 )
-_FRAMES = (
+FRAMES = (
     "a photo of {}",
     "{}",
     "a picture of {}",
@@ -135,7 +135,7 @@ def texts(facts: Facts) -> list[str]:
     """All wordings of the facts."""
     nouns = [noun(wanted) for wanted in facts.wanted]
     links = ("and",) if facts.relation is None else _RELATION_WORDS[facts.relation]
-    return [frame.format(f" {link} ".join(nouns)) for frame in _FRAMES for link in links]
+    return [frame.format(f" {link} ".join(nouns)) for frame in FRAMES for link in links]
 
 
 @functools.cache

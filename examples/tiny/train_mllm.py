@@ -169,6 +169,7 @@ def save_model(
         "do_resize": True,
         "size": {"height": SIDE_PX, "width": SIDE_PX},
         "resample": 3,
+        "do_center_crop": False,  # CLIP's own default is a crop of 224 px
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -66,6 +66,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=Path, help="geneval: a folder with CLIP's weights")
     parser.add_argument("--judge-url", help="an OpenAI-compatible endpoint (default: IOMM_JUDGE_URL)")
     parser.add_argument("--judge-model", help="the model's name there")
+    parser.add_argument("--judge-folder", type=Path, help="or a folder with a multimodal LLM that chats")
     parser.add_argument(
         "--judge-prompt", type=Path, help="wise, imgedit: the official instruction of the judge"
     )

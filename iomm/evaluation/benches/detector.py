@@ -9,7 +9,6 @@ probability, boxes around the masks, colours on the crop of a thing with grey ar
 Q queries, K classes without "no object", N things, D channels of CLIP.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from iomm.evaluation.benches.judges import weights_identity
 from iomm.evaluation.benches.layout import BenchError, named
 from iomm.evaluation.benches.rules import COLORS, Thing
 
@@ -78,7 +78,7 @@ class Detector:
         labels: dict[int, str] = self._detector.config.id2label
         self._labels = [_NAMES.get(labels[k].lower(), labels[k].lower()) for k in range(len(labels))]
         self._texts: dict[str, Tensor] = {}
-        self.name = f"Mask2Former {_weights(detector)}, CLIP {_weights(clip)}"
+        self.name = f"Mask2Former {weights_identity(detector)}, CLIP {weights_identity(clip)}"
 
     def require(self, classes: set[str]) -> None:
         """Raises:
@@ -164,13 +164,3 @@ def _crop(image: Image.Image, thing: Thing) -> Image.Image:
     alone = Image.composite(image, grey, Image.fromarray(thing.mask_HW.astype(np.uint8) * 255))
     left, top, right, bottom = (int(side) for side in thing.box)
     return alone.crop((left, top, right, bottom))
-
-
-def _weights(folder: Path) -> str:
-    """A model's identity: 12 hexadecimal digits of its weights."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as data:
-            total.update(hashlib.file_digest(data, "sha256").digest())
-    return total.hexdigest()[:12]

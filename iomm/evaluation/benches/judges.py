@@ -1,11 +1,12 @@
 """Judges: models that look at pictures and answer a text.
 
-An OpenAI-compatible endpoint (`POST URL/chat/completions`), asked over HTTP. The key comes from the
-environment (`IOMM_JUDGE_KEY`) and appears in no message, record or file. Every answer is kept as it came, so
-a stopped run goes on; reading it is the benchmark's job.
+Here an OpenAI-compatible endpoint (`POST URL/chat/completions`), asked over HTTP; `local_judge` has one in a
+folder. The key comes from the environment (`IOMM_JUDGE_KEY`) and appears in no message, record or file. Every
+answer is kept as it came, so a stopped run goes on; reading it is the benchmark's job.
 """
 
 import base64
+import hashlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Protocol
 
 from iomm.evaluation.benches.journal import Journal, identity_of
@@ -153,6 +155,16 @@ def ask_all(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return answers
+
+
+def weights_identity(folder: Path) -> str:
+    """12 hexadecimal digits of the weights in a model's folder."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as data:
+            total.update(hashlib.file_digest(data, "sha256").digest())
+    return total.hexdigest()[:12]
 
 
 def _answer(response: Any) -> str:

@@ -37,7 +37,7 @@ def judge_folder(
             )
         from iomm.evaluation.benches.judged import judge_dpg, judge_imgedit, judge_wise
 
-        judge = _endpoint(arguments)
+        judge = _judge(arguments)
         ask = partial(ask_all, judge, journal=journal, workers=arguments.workers, on_progress=on_progress)
         if arguments.bench == "dpg":
             told = _given(arguments, "questions")
@@ -68,12 +68,21 @@ def _detect(
     return finder.name, reading, {}
 
 
-def _endpoint(arguments: argparse.Namespace) -> Judge:
+def _judge(arguments: argparse.Namespace) -> Judge:
     url = arguments.judge_url or os.environ.get(URL)
+    if arguments.judge_folder is not None:
+        if arguments.judge_url or arguments.judge_model:
+            raise BenchError("--judge-folder is a judge of its own: leave --judge-url and --judge-model out.")
+        import torch
+
+        from iomm.evaluation.benches.local_judge import LocalJudge
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return LocalJudge(_given(arguments, "judge_folder"), device)
     if not url or not arguments.judge_model:
         raise BenchError(
-            f"a judge is needed: --judge-url URL (or {URL}) of an OpenAI-compatible endpoint, and "
-            "--judge-model NAME."
+            f"a judge is needed: --judge-url URL (or {URL}) of an OpenAI-compatible endpoint and "
+            "--judge-model NAME, or --judge-folder FOLDER with a model."
         )
     return Endpoint(url, arguments.judge_model)
 

@@ -120,7 +120,9 @@ def test_a_folder_is_scored_from_the_command_line_and_what_is_lacking_is_said(
     assert main(score) == 1
     told = [*score, "--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "m"]
     assert main(told) == 1
+    assert main([*told, "--judge-folder", str(tmp_path)]) == 1
     said = capsys.readouterr().err
+    assert "leave --judge-url and --judge-model out" in said
     assert "--judge-url URL (or IOMM_JUDGE_URL)" in said and "dpg needs --questions PATH" in said
     monkeypatch.setattr(Endpoint, "ask", lambda self, ask: "no")
     questions = small.dpg_questions(tmp_path / "dpg_bench.csv")

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from iomm.evaluation.bootstrap import Interval, interval_of_means
+from iomm.evaluation.runlog import read_run
 from iomm.evaluation.shapes.prompts import CATEGORIES, SPLITS
 from tools.recipes import Bench, Run
 
@@ -39,6 +40,9 @@ class Row:
     splits: dict[str, Interval]
     categories: dict[str, float]
     by_seed: list[float]  # overall score of each seed
+    # Held-out velocity loss with the caption at the end of each seed's run: mean over the evaluation's
+    # timesteps, and over all but the smallest, which is half of the mean and little of it the caption's.
+    losses: list[tuple[float, float]]
 
 
 def rows(bench: Bench, runs: Sequence[Run]) -> list[Row]:
@@ -81,7 +85,17 @@ def _row(bench: Bench, name: str, group: Sequence[Run]) -> Row:
         splits=splits,
         categories=categories,
         by_seed=by_seed,
+        losses=[_losses(bench.config(run).run_dir) for run in group],
     )
+
+
+def _losses(run_dir: Path) -> tuple[float, float]:
+    """Of a run's last evaluation, as `Row.losses`."""
+    last = read_run(run_dir).evals[-1]
+    smallest, *others = [
+        loss for _, loss in sorted(zip(last["timesteps"], last["by_timestep"]["text"], strict=True))
+    ]
+    return float(np.mean([smallest, *others])), float(np.mean(others))
 
 
 def _correct(file: Path) -> dict[tuple[str, str, int], list[bool]]:
@@ -98,7 +112,7 @@ def write_results(bench: Bench, name: str, runs: Sequence[Run]) -> Path:
     """NAME.md, NAME.json and NAME.svg under examples/recipes.
 
     Raises:
-        ValueError: nothing is scored yet.
+        ValueError: nothing is scored yet, or a scored run's folder is gone.
     """
     found = rows(bench, runs)
     if not found:
@@ -125,11 +139,14 @@ def _table(found: Sequence[Row], heading: str, missing: int) -> str:
         "recipe",
         *(SPLIT_TITLES[s] for s in SPLITS),
         *(c.replace("_", " ") for c in CATEGORIES),
+        "loss",
+        "without the smallest t",
         "paper",
     ]
     lines = [
         f"{heading}: {first.steps[0]} + {first.steps[1]} steps of {first.batch_images} images. Share of "
         "correct pictures on the shapes world, in GenEval's categories; intervals (95 %) are over prompts. "
+        "Loss: held-out velocity loss with the caption, EMA weights, mean over timesteps. "
         "paper: its GenEval, of a model 300 times as large: the order may be compared, the numbers may not.",
         "",
         f"| {' | '.join(titles)} |",
@@ -141,6 +158,7 @@ def _table(found: Sequence[Row], heading: str, missing: int) -> str:
             i = row.splits[split]
             cells.append(f"{i.mean:.2f} ({i.low:.2f} - {i.high:.2f})")
         cells += [f"{row.categories[c]:.2f}" for c in CATEGORIES]
+        cells += [f"{loss:.3f}" for loss in np.mean(row.losses, axis=0)]
         cells.append(f"{PAPER[row.name]:.2f}" if row.name in PAPER else "")
         lines.append(f"| {' | '.join(cells)} |")
     if missing:

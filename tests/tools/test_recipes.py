@@ -37,6 +37,15 @@ def score(bench: Bench, run: Run, right: float) -> None:
     file.write_text(json.dumps({"splits": {"seen": {"overall": {"mean": right}}}}))
 
 
+def log_losses(bench: Bench, run: Run, losses: list[float]) -> None:
+    """A run's log with one evaluation, as `iomm train` writes it."""
+    config = bench.config(run)
+    config.run_dir.mkdir(parents=True)
+    times = [(i + 0.5) / len(losses) for i in range(len(losses))]
+    line = {"kind": "eval", "step": 3750, "timesteps": times, "by_timestep": {"text": losses}}
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
 def test_the_six_recipes_share_two_first_stages_a_seed_and_cost_the_same():
     runs = six(2)
     assert len(runs) == 12
@@ -154,15 +163,21 @@ def test_the_table_has_means_over_seeds_and_leaves_out_what_is_not_scored(tmp_pa
     for run in runs:
         if (run.first, run.second) == ("image", "mix"):
             score(bench, run, 0.8 if run.seed else 0.6)
+            log_losses(bench, run, [1.0, 0.5 if run.seed else 0.7, 0.3])
     score(bench, runs[0], 1.0)  # one seed of two
     (row,) = rows(bench, runs)
     assert (row.name, row.seeds) == ("image+mix", 2)
     assert row.by_seed == pytest.approx([0.6, 0.8])
     assert row.splits["seen"].mean == pytest.approx(0.7)
     assert row.splits["seen"].low < 0.7 < row.splits["seen"].high
+    assert row.losses == [pytest.approx((2 / 3, 0.5)), pytest.approx((0.6, 0.4))]
     assert set(row.categories) == set(SPLITS["seen"])
     table = write_results(bench, "recipes", runs).read_text()
-    assert "| image+mix | 0.70 (" in table and "| 0.89 |" in table and "5 more are not trained yet" in table
+    assert (
+        "| image+mix | 0.70 (" in table
+        and "| 0.633 | 0.450 | 0.89 |" in table
+        and "5 more are not trained yet" in table
+    )
     assert (tmp_path / "examples" / "recipes" / "recipes.svg").is_file()
 
 

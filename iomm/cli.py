@@ -418,7 +418,7 @@ def _shard(arguments: argparse.Namespace) -> int:
 def _evaluate_shapes(arguments: argparse.Namespace) -> int:
     from iomm.checkpoint.generator import open_generator
 
-    edit_command.check_settings(arguments)
+    shapes_command.check_evaluate_arguments(arguments)
     about = _about(arguments.checkpoint, ema=not arguments.raw)
     _, encoders, system = open_generator(arguments.checkpoint, ema=not arguments.raw)
     return shapes_command.evaluate(arguments, system, encoders, about)
@@ -433,16 +433,18 @@ def _evaluate_generate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_reconstruction(arguments: argparse.Namespace) -> int:
+    from iomm.checkpoint.folder import find, read_info
     from iomm.checkpoint.generator import open_generator
 
     reconstruction_command.check_ratios(arguments.mask_ratio or [])
-    about = _about(arguments.checkpoint, ema=True)
+    ema = read_info(find(arguments.checkpoint)).has_ema
+    about = _about(arguments.checkpoint, ema=ema)
     if about["run_dir"] is None:
         raise UsageError(
             f"{arguments.checkpoint} lies by itself; the measurement is kept in a run's folder. Name a run, "
             "or a checkpoint in a run's checkpoints/."
         )
-    opened = open_generator(arguments.checkpoint, ema=True)
+    opened = open_generator(arguments.checkpoint, ema=ema)
     return reconstruction_command.evaluate(arguments, Path(about["run_dir"]), about["step"], opened)
 
 

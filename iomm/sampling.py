@@ -72,17 +72,19 @@ def reconstruction(
     *,
     seed: int,
     guidance: float = 1.0,
+    first: int = 0,
 ) -> Task:
     """Pictures of images' own masked patch tokens.
 
     Args:
         image_BCHW: uint8 RGB.
         keep_BN: True where a patch token is kept; all False is the null condition.
+        first: picture i starts from the noise of (seed, first + i).
     """
     builder, patches_BNF = encoders.prefixes, encoders.mllm.vision(image_BCHW)
     prefix = builder.for_images(patches_BNF, keep_BN)
     null = builder.for_images(patches_BNF, torch.zeros_like(keep_BN))
-    noise_BLC = _noise(encoders, seed, 0, len(image_BCHW))
+    noise_BLC = _noise(encoders, seed, first, len(image_BCHW))
     return _guided(system, encoders, prefix, null, noise_BLC, guidance)
 
 
@@ -197,9 +199,10 @@ def reconstruct(
     steps: int,
     guidance: float = 1.0,
     method: Method = "euler",
+    first: int = 0,
 ) -> Tensor:
     """The pictures of `reconstruction`, uint8 (B, 3, H, W)."""
-    task = reconstruction(system, encoders, image_BCHW, keep_BN, seed=seed, guidance=guidance)
+    task = reconstruction(system, encoders, image_BCHW, keep_BN, seed=seed, guidance=guidance, first=first)
     return finish(system, encoders, task, steps=steps, method=method)
 
 

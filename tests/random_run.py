@@ -25,13 +25,15 @@ Z_IMAGE: dict[str, Any] = {
 }
 
 
-def save_random_run(config: Config, *, step: int = 7, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint with weights and another random set as their EMA; the run's folder."""
+def save_random_run(
+    config: Config, *, step: int = 7, dtype: torch.dtype = torch.float32, ema: bool = True
+) -> Path:
+    """A checkpoint with weights and, if asked for, another random set as their EMA; the run's folder."""
     mesh = start(config.parallel)
     system = System(config, Encoders(config, mesh.device).shapes, mesh)
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
-    for prefix in ("model.", "ema."):
+    for prefix in ("model.", "ema.") if ema else ("model.",):
         for name, weight in named_weights(system).items():
             scale = 0.5 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3
             offset = 1.0 if weight.ndim == 1 and not name.endswith("bias") else 0.0
@@ -45,7 +47,7 @@ def save_random_run(config: Config, *, step: int = 7, dtype: torch.dtype = torch
         "step": step,
         "config": config.to_dict(),
         "extra": {},
-        "has_ema": True,
+        "has_ema": ema,
         "iomm_version": __version__,
     }
     write_info(checkpoint, info)

@@ -210,8 +210,8 @@ def _follow_mask(
 ) -> None:
     """The grid shows the image as the model sees it, under a mask drawn anew with image, ratio and seed."""
 
-    def draw(file: str | None, mask_ratio: float, seed: float) -> Any:
-        hidden = studio.draw_mask(mask_ratio, int(seed))
+    def draw(file: str | None, mask_ratio: float, seed: float | None) -> Any:
+        hidden = studio.draw_mask(mask_ratio, _seed(seed))
         image = Image.new("RGB", (1, 1), "#888")
         if file is not None:
             image = shown(_or_message(studio.open, Path(file)))
@@ -260,8 +260,14 @@ def _guidance(label: str, default: float) -> gr.Slider:
     return gr.Slider(0, 15, default, step=0.1, label=label)
 
 
-def _sampling(steps: int, seed: float, method: Any) -> Sampling:
-    return Sampling(seed=int(seed), steps=int(steps), method=method)
+def _sampling(steps: int, seed: float | None, method: Any) -> Sampling:
+    return Sampling(seed=_seed(seed), steps=int(steps), method=method)
+
+
+def _seed(value: float | None) -> int:
+    if value is None:
+        raise gr.Error("The seed is empty. Give a whole number.", print_exception=False)
+    return int(value)
 
 
 def _uploaded(file: str | None) -> Path:

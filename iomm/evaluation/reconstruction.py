@@ -18,7 +18,7 @@ from iomm.encoders import Encoders
 from iomm.evaluation.bootstrap import interval_of_means
 from iomm.evaluation.grid import image_grid, save_png
 from iomm.evaluation.heldout import EVAL_SEED, psnr_db
-from iomm.evaluation.scores import RECONSTRUCTIONS, Reconstruction, write_json
+from iomm.evaluation.scores import Reconstruction, read_reconstruction, reconstruction_path, write_json
 from iomm.sampling import reconstruct
 from iomm.system import System
 
@@ -39,7 +39,7 @@ def measure(
 ) -> tuple[Reconstruction, Tensor]:
     """Generate images from their own tokens at each mask ratio: (PSNR, pictures).
 
-    The pictures are uint8 (R, B, 3, H, W) on the CPU.
+    The pictures are uint8 (R, B, 3, H, W) on the CPU; picture i starts from the same noise at every ratio.
 
     Args:
         image_BCHW: uint8 RGB.
@@ -52,12 +52,18 @@ def measure(
     for ratio in ratios:
         keep_BN = keep_tokens(EVAL_SEED, index_B, tokens, ratio)
         parts = [
-            reconstruct(system, encoders, images, keep, seed=EVAL_SEED, steps=sampler_steps).cpu()
-            for images, keep in zip(
-                image_BCHW.to(encoders.codec.device).split(_AT_ONCE), keep_BN.split(_AT_ONCE), strict=True
+            reconstruct(
+                system,
+                encoders,
+                image_BCHW[first : first + _AT_ONCE].to(encoders.codec.device),
+                keep_BN[first : first + _AT_ONCE],
+                seed=EVAL_SEED,
+                steps=sampler_steps,
+                first=first,
             )
+            for first in range(0, len(image_BCHW), _AT_ONCE)
         ]
-        rows.append(torch.cat(parts))
+        rows.append(torch.cat(parts).cpu())
     found = Reconstruction(
         step=step,
         images=len(original_BCHW),
@@ -72,7 +78,11 @@ def measure(
 def leave_reconstruction(
     run_dir: Path, found: Reconstruction, pictures_RBCHW: Tensor, image_BCHW: Tensor
 ) -> Path:
-    """Keep the measurement in RUN/reconstruction/ and its pictures in RUN/samples/; the former's file."""
+    """Keep the measurement in RUN/reconstruction/, and its pictures in RUN/samples/ if it is the one that the
+    report shows; the former's file."""
+    path = write_json(reconstruction_path(run_dir, found), asdict(found))
+    if read_reconstruction(run_dir, []) != found:
+        return path
     shown = min(_SHOWN, len(image_BCHW))
     rows = torch.cat((image_BCHW.cpu()[None], pictures_RBCHW))[:, :shown]
     captions = [
@@ -80,4 +90,4 @@ def leave_reconstruction(
     ]
     sheet = image_grid(rows.flatten(0, 1), shown, captions, cell_px=96)
     save_png(sheet, run_dir / f"samples/step_{found.step:06d}_by_mask_ratio.png")
-    return write_json(run_dir / RECONSTRUCTIONS / f"step_{found.step:08d}.json", asdict(found))
+    return path

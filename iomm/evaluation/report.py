@@ -185,7 +185,7 @@ def _warnings(log: RunLog) -> list[str]:
     for name in ("image", "text"):
         if null is not None and losses.get(name) is not None and losses[name] >= null:
             out.append(f"The {name} condition does not help: its held-out loss is not below the null one.")
-    skips = sum(e.get("event") == "nan_skip" for e in log.events)
+    skips = len({e.get("step") for e in log.events if e.get("event") == "nan_skip"})  # resumed: once
     if skips:
         out.append(f"Steps skipped for a loss or gradient that was not finite: {skips}.")
     if log.quarantine:

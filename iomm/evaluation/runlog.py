@@ -30,7 +30,7 @@ class RunLog:
     train: list[Record]
     evals: list[Record]
     events: list[Record]  # in the order they happened, also those of superseded steps
-    quarantine: list[Record]
+    quarantine: list[Record]  # each sample once, though a resumed run meets it again
     grids: dict[int, dict[str, Path]]  # step -> kind of grid -> file
     notes: list[str]  # what was missing, unreadable or superseded
 
@@ -51,13 +51,14 @@ def read_run(folder: Path) -> RunLog:
     for path in sorted((folder / "samples").glob("step_*.png")):
         if match := GRID_NAME.fullmatch(path.name):
             grids.setdefault(int(match[1]), {})[match[2]] = path
+    quarantine = read_jsonl(folder / "quarantine.jsonl", notes, optional=True)
     return RunLog(
         folder=folder,
         run=_read_json(folder / "run.json", notes),
         train=train,
         evals=evals,
         events=[r for r in records if r.get("kind") == "event"],
-        quarantine=list(read_jsonl(folder / "quarantine.jsonl", notes, optional=True)),
+        quarantine=list({(r.get("shard"), r.get("key")): r for r in quarantine}.values()),
         grids=grids,
         notes=notes,
     )

@@ -1,10 +1,10 @@
 """What a run's folder keeps of evaluations, for its report.
 
-RUN/scores/<bench>-<step>-<digest of judge and settings>.json    one score of a benchmark
-RUN/reconstruction/step_<step>.json                              PSNR against the mask ratio
+RUN/scores/<bench>-<step>-<digest of the rest>.json      one score of a benchmark
+RUN/reconstruction/step_<step>-<digest of the rest>.json  PSNR against the mask ratio
 
-A file is written whole or not at all. The same bench, step, judge and settings replace an older score;
-anything else stands beside it.
+A file is written whole or not at all. What was taken in the same way (bench, step, judge, settings, prompts,
+images; step, images, mask ratios, sampler steps) replaces an older file; anything else stands beside it.
 """
 
 import datetime
@@ -77,8 +77,7 @@ def leave_score(run_dir: Path, score: BenchScore) -> Path:
         OSError: the folder cannot be written to.
     """
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    what = json.dumps([score.bench, score.judge, score.settings], sort_keys=True)
-    digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+    digest = _digest(score.bench, score.judge, score.settings, score.prompts, score.images_per_prompt)
     name = re.sub(r"[^a-z0-9]+", "-", score.bench.lower()).strip("-")
     record = {**asdict(score), "written": moment}
     return write_json(run_dir / SCORES / f"{name}-{score.step:08d}-{digest}.json", record)
@@ -99,13 +98,24 @@ def read_scores(run_dir: Path, notes: list[str]) -> dict[str, list[BenchScore]]:
     return dict(sorted(found.items()))
 
 
+def reconstruction_path(run_dir: Path, found: Reconstruction) -> Path:
+    """Where a measurement is kept."""
+    digest = _digest(found.images, found.ratios, found.sampler_steps)
+    return run_dir / RECONSTRUCTIONS / f"step_{found.step:08d}-{digest}.json"
+
+
 def read_reconstruction(run_dir: Path, notes: list[str]) -> Reconstruction | None:
-    """The readable one of the highest step, or None; unreadable ones above it are appended to `notes`."""
-    for path in sorted((run_dir / RECONSTRUCTIONS).glob("step_*.json"), reverse=True):
-        found = _read(path, Reconstruction.from_dict, notes)
-        if found is not None:
-            return found
-    return None
+    """Of the readable ones of the highest step the one with the most ratios, then images; None if there is
+    none. Unreadable ones are appended to `notes`."""
+    paths = sorted((run_dir / RECONSTRUCTIONS).glob("step_*.json"))
+    found = [one for path in paths if (one := _read(path, Reconstruction.from_dict, notes)) is not None]
+    return max(
+        found, key=lambda one: (one.step, len(one.ratios), one.images, one.sampler_steps), default=None
+    )
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _read[T](path: Path, from_dict: Callable[[dict[str, Any]], T], notes: list[str]) -> T | None:

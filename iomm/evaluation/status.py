@@ -86,7 +86,7 @@ class Follower:
         self._metrics = _Lines(folder / "metrics.jsonl")
         self._quarantine = _Lines(folder / "quarantine.jsonl")
         self._train: deque[Record] = deque(maxlen=RECENT)
-        self._heldout: dict[str, float] = {}
+        self._evals: list[tuple[int, dict[str, float]]] = []  # step, held-out losses
         self._skipped: set[int] = set()
         self._bad: set[tuple[str, str]] = set()
         self._resumes = 0
@@ -115,7 +115,7 @@ class Follower:
             loss=last.get("loss"),
             mean_loss=math.fsum(losses) / len(losses) if losses else None,
             recent=len(losses),
-            heldout=dict(self._heldout),
+            heldout=dict(self._evals[-1][1]) if self._evals else {},
             images_per_s=last.get("images_per_s"),
             step_ms=last.get("step_ms"),
             tflops=tflops or None,
@@ -133,9 +133,11 @@ class Follower:
         if kind == "train":
             while self._train and self._train[-1]["step"] >= record["step"]:
                 self._train.pop()  # the run went back to a checkpoint and repeats these
+            while self._evals and self._evals[-1][0] >= record["step"]:
+                self._evals.pop()
             self._train.append(record)
-        elif kind == "eval":
-            self._heldout = record.get("velocity_loss") or self._heldout
+        elif kind == "eval" and record.get("velocity_loss"):
+            self._evals.append((record["step"], record["velocity_loss"]))
         elif event == "nan_skip":
             self._skipped.add(record["step"])
         elif event == "resume":

@@ -1,5 +1,6 @@
 """Reconstruction against the mask ratio."""
 
+import dataclasses
 import json
 
 import pytest
@@ -45,16 +46,41 @@ def test_the_curve_ends_in_the_null_condition_and_passes_through_the_trained_rat
 def test_a_measurement_comes_back_as_it_was_left_beside_its_pictures(measured, tmp_path):
     found, pictures, batch, _ = measured
     path = leave_reconstruction(tmp_path, found, pictures, batch.image_BCHW)
-    assert path == tmp_path / "reconstruction" / "step_00000007.json"
+    assert path.parent == tmp_path / "reconstruction" and path.name.startswith("step_00000007-")
     assert read_reconstruction(tmp_path, []) == found
-    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step_000007_by_mask_ratio.png"]
+    [sheet] = (tmp_path / "samples").iterdir()
+    assert sheet.name == "step_000007_by_mask_ratio.png"
+    whole = sheet.read_bytes()
+    look = dataclasses.replace(found, ratios=found.ratios[:1], psnr_db=found.psnr_db[:1])
+    assert leave_reconstruction(tmp_path, look, pictures[:1], batch.image_BCHW) != path
+    assert (
+        read_reconstruction(tmp_path, []) == found and sheet.read_bytes() == whole
+    )  # a quick look hides nothing
+
+
+def test_every_picture_has_its_own_noise_however_many_are_generated_together(run, measured, monkeypatch):
+    monkeypatch.setattr("iomm.evaluation.reconstruction._AT_ONCE", 3)
+    config, encoders, system = open_generator(run, ema=True)
+    batch = Loader(config.data, 0, on_bad=lambda bad: None).heldout(8)
+    _, pictures = measure(
+        system, encoders, batch.image_BCHW, batch.index_B, step=7, sampler_steps=2, ratios=(1.0,)
+    )
+    assert (pictures[0].float() - measured[1][2].float()).abs().max() <= 1
+    assert not torch.equal(pictures[0][0], pictures[0][3])
 
 
 def test_a_checkpoint_is_measured_from_the_command_line(run, capsys):
     assert main(["evaluate", "reconstruction", str(run), "--images", "3", "--steps", "1"]) == 0
     assert capsys.readouterr().out.count(" dB  [") == len(RATIOS)
-    record = json.loads((run / "reconstruction" / "step_00000007.json").read_text())
+    [path] = (run / "reconstruction").iterdir()
+    record = json.loads(path.read_text())
     assert (record["images"], record["sampler_steps"], record["ratios"]) == (3, 1, list(RATIOS))
+
+
+def test_a_run_that_kept_no_average_is_measured_by_its_last_weights(world, tmp_path, capsys):
+    run = save_random_run(small_config(world, tmp_path), ema=False)
+    assert main(["evaluate", "reconstruction", str(run), "--images", "2", "--steps", "1"]) == 0
+    assert capsys.readouterr().out.count(" dB  [") == len(RATIOS)
 
 
 def test_a_mask_ratio_that_is_no_share_is_refused(run, capsys):

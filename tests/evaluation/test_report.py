@@ -148,7 +148,8 @@ def test_alarms_stand_at_the_top(tmp_path: Path) -> None:
     worse = evaluation(10, alarm=True)
     worse["velocity_loss"]["text"] = 0.9
     skip = {"kind": "event", "step": 10, "event": "nan_skip", "detail": {"loss": "nan", "keys": ["k1", "k2"]}}
-    page = report_of(write_run(tmp_path, [train(10), worse, skip]))
+    resumed = {"kind": "event", "step": 5, "event": "resume"}
+    page = report_of(write_run(tmp_path, [train(10), worse, skip, resumed, train(10), worse, skip]))
     curves = page.text.index("Held-out velocity loss")
     for phrase in ("Copying alarm", "The text condition does not help", "that was not finite: 1."):
         assert page.text.index(phrase) < curves

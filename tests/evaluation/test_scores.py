@@ -39,10 +39,11 @@ def test_the_same_settings_replace_a_score_and_other_ones_stand_beside_it(tmp_pa
     first = leave_score(tmp_path, score())
     assert leave_score(tmp_path, score(overall=Interval(mean=0.7, low=0.6, high=0.8))) == first
     others = [score(settings={"guidance": 1.0}), score(judge="people"), score(step=200), score(bench="DPG")]
-    assert len({first, *(leave_score(tmp_path, other) for other in others)}) == 5
+    others += [score(prompts=10), score(images_per_prompt=1)]
+    assert len({first, *(leave_score(tmp_path, other) for other in others)}) == 7
     found = read_scores(tmp_path, [])
     assert list(found) == ["DPG", "GenEval"]
-    assert [one.step for one in found["GenEval"]] == [200, 100, 100, 100]
+    assert [one.step for one in found["GenEval"]] == [200, 100, 100, 100, 100, 100]
     assert 0.7 in [one.overall.mean for one in found["GenEval"]]
 
 

@@ -54,6 +54,10 @@ def test_a_checkpoint_is_scored_from_the_command_line(world, mesh, tmp_path, cap
     run = save_random_run(small_config(world, tmp_path))
     out = tmp_path / "scores"
     options = ["--edits", "--per-category", "1", "--steps", "1", "--batch", "3", "--mask-ratio", "0.25"]
+    assert main(["evaluate", "shapes", str(run), *options, "--guidance", "2", "-o", str(out)]) == 1
+    assert main(["evaluate", "shapes", str(run), *options, "--batch", "0", "-o", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "leave --guidance and --images-per-prompt out" in said and "--batch 0 must be at least 1" in said
     assert main(["evaluate", "shapes", str(run), *options, "-o", str(out)]) == 0
     assert "rest kept" in capsys.readouterr().out
     record = json.loads((out / "edits.json").read_text())

@@ -101,7 +101,7 @@ def test_count_wants_the_number_with_those_that_stay_where_they_were():
     assert verdict(more, first, second, third, source=two).correct
     assert verdict(fewer, third, source=two).correct
     assert not verdict(fewer, second, source=two).kept
-    assert not verdict(fewer, source=two).correct
+    assert not verdict(fewer, source=two).reached
     assert not verdict(more, first, third, source=two).reached
     assert not verdict(more, first, dataclasses.replace(second, colour="red"), third, source=two).reached
 

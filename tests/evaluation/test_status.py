@@ -102,6 +102,14 @@ def test_skipped_steps_and_bad_samples_are_counted_once_though_a_resumed_run_mee
     assert found.step == 110  # it went back and stands there now
 
 
+def test_a_heldout_loss_behind_the_checkpoint_that_a_run_went_back_to_is_forgotten(folder: Path) -> None:
+    before = Follower(folder).read().heldout
+    append(folder, {"kind": "eval", "step": 250, "velocity_loss": {"null": 9.0}}, event(200, "resume"))
+    assert Follower(folder).read().heldout == {"null": 9.0}
+    append(folder, train(210))
+    assert Follower(folder).read().heldout == before != {"null": 9.0}
+
+
 def test_without_a_state_the_resumes_are_the_restarts_and_the_state_is_not_known(folder: Path) -> None:
     (folder / "run_state.json").unlink()
     append(folder, event(100, "resume"))

@@ -97,7 +97,7 @@ def generate(
     import iomm
     from iomm.data.shard_command import bar
     from iomm.evaluation.benches.generate import Generation, write_folder
-    from iomm.evaluation.benches.layout import BenchError, digest, load_prompts
+    from iomm.evaluation.benches.layout import BenchError, digest, load_prompts, originals_digest
     from iomm.evaluation.benches.painter import Sampling, check_items, editor, painter
     from iomm.evaluation.benches.table import BENCHES
     from iomm.evaluation.shapes.evaluation import weights_digest
@@ -124,6 +124,7 @@ def generate(
             "sha256": digest(prompts),
             "painted": "original" if arguments.rewritten is None else "rewritten",
             "rewritten_sha256": None if arguments.rewritten is None else digest(arguments.rewritten),
+            "originals_sha256": originals_digest(items, arguments.originals) if edits else None,
         },
         "sampling": asdict(how),
         "iomm": iomm.__version__,
@@ -195,7 +196,14 @@ def score(arguments: argparse.Namespace) -> int:
         judges.
     """
     from iomm.evaluation.benches.journal import Journal
-    from iomm.evaluation.benches.layout import BenchError, digest, load_prompts, look, require_exact
+    from iomm.evaluation.benches.layout import (
+        BenchError,
+        digest,
+        load_prompts,
+        look,
+        originals_digest,
+        require_exact,
+    )
     from iomm.evaluation.benches.scoring import judge_folder
     from iomm.evaluation.benches.summary import summarise
     from iomm.evaluation.benches.table import BENCHES
@@ -205,6 +213,9 @@ def score(arguments: argparse.Namespace) -> int:
     if digest(prompts) != record["prompts"]["sha256"]:
         raise BenchError(f"{prompts} is not what {arguments.generated} was generated from. Give that file.")
     items = load_prompts(bench, prompts, subset=not record["official"])
+    edited: Path | None = arguments.originals
+    if edited is not None and originals_digest(items, edited) != record["prompts"].get("originals_sha256"):
+        raise BenchError(f"{edited} does not hold the images that were edited. Give the folder of before.")
     require_exact(arguments.generated, look(bench, items, arguments.generated, record["side_px"]))
     journal = Journal(arguments.generated.with_name(arguments.generated.name + ".answers.jsonl"))
     judge, reading, settings = judge_folder(arguments, items, journal)
@@ -233,7 +244,11 @@ def write_result(
             images_per_prompt=record["images_per_prompt"],
             judge=judge,
             best=BENCHES[result.bench].best,
-            settings={**(settings or {}), **{name: record[name] for name in ("prompts", "sampling")}},
+            settings={
+                **(settings or {}),
+                **{name: record[name] for name in ("prompts", "sampling")},
+                "weights": "EMA" if record["checkpoint"]["ema"] else "last",
+            },
             overall=result.overall,
             parts=result.categories,
         )

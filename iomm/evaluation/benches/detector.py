@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from iomm.evaluation.benches.judges import weights_identity
+from iomm.evaluation.benches.judges import model_identity
 from iomm.evaluation.benches.layout import BenchError, named
 from iomm.evaluation.benches.rules import COLORS, Thing
 
@@ -65,7 +65,7 @@ class Detector:
             try:
                 return kind.from_pretrained(folder, local_files_only=True, **settings)
             except (OSError, ValueError) as error:
-                problem = str(error).splitlines()[0]
+                problem = (str(error).strip().splitlines() or [repr(error)])[0]
                 raise BenchError(
                     f"no {kind.__name__} in {folder} ({problem}). Give a folder in the Hugging Face layout."
                 ) from error
@@ -78,7 +78,7 @@ class Detector:
         labels: dict[int, str] = self._detector.config.id2label
         self._labels = [_NAMES.get(labels[k].lower(), labels[k].lower()) for k in range(len(labels))]
         self._texts: dict[str, Tensor] = {}
-        self.name = f"Mask2Former {weights_identity(detector)}, CLIP {weights_identity(clip)}"
+        self.name = f"Mask2Former {model_identity(detector)}, CLIP {model_identity(clip)}"
 
     def require(self, classes: set[str]) -> None:
         """Raises:

@@ -109,7 +109,7 @@ def read_results(paths: Sequence[Path], lost: tuple[str, ...] = ()) -> Reading:
         raise BenchError(f"DPG-Bench has one results file, got {len(paths)}. Give dpg-bench_*_results.txt.")
     scores: dict[str, float] = {}
     reported, notes = None, []
-    for number, line in enumerate(paths[0].read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(paths[0].read_text(encoding="utf-8").split("\n"), 1):
         where = f"{paths[0]}, line {number}"
         if total := _SCORE.match(line):
             reported = float(total["score"]) / 100

@@ -67,7 +67,7 @@ def write_folder(
             some at the end.
         OSError: a file cannot be written.
     """
-    groups = [items[first : first + how.batch_prompts] for first in range(0, len(items), how.batch_prompts)]
+    groups = _groups(items, how.batch_prompts)
     todo = _by_rank_0(mesh, lambda: _open(bench, items, groups, folder, how))
     mine, done = todo[mesh.rank :: mesh.world_size], 0
     private = _part_folder(folder) / f"{mesh.rank}-{os.getpid()}"
@@ -109,6 +109,17 @@ def to_files(bench: Bench, item: Item, pictures_BCHW: Tensor) -> dict[str, Image
             grid.paste(image, (i % bench.tiles * side, i // bench.tiles * side))
         images = [grid]
     return dict(zip(bench.pictures(item), images, strict=True))
+
+
+def _groups(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """At most `size` items a group, whose numbers follow each other: a subset may lack some."""
+    groups: list[list[Item]] = []
+    for item in items:
+        if groups and len(groups[-1]) < size and item.number == groups[-1][-1].number + 1:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [*groups]
 
 
 def _open(

@@ -10,7 +10,7 @@ exactly three marks has no score and is counted.)
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from iomm.evaluation.benches.layout import Bench, BenchError, Item
 from iomm.evaluation.benches.records import field, read_json
@@ -36,6 +36,8 @@ def read_prompts(path: Path) -> list[Item]:
             raise BenchError(f"{where}: the key is no file name. Give ImgEdit's basic_edit.json.")
         text, category = field(record, "prompt", str, where), field(record, "edit_type", str, where)
         source = field(record, "id", str, where)
+        if PurePosixPath(source).is_absolute() or ".." in PurePosixPath(source).parts:
+            raise BenchError(f"{where}: the id {source} leaves the folder of originals. Give ImgEdit's file.")
         items.append(Item(number=number, key=key, category=category, text=text, source=source))
     return items
 

@@ -27,6 +27,7 @@ ATTEMPTS = 6
 FIRST_WAIT_S = 2.0  # doubled after each attempt
 TIMEOUT_S = 180.0
 MAX_TOKENS = 2000
+_OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"}
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -68,7 +69,8 @@ class Endpoint:
             raise BenchError(
                 f"the judge's URL {url} must begin with http:// or https://, like http://host:8000/v1."
             )
-        self.name = f"{model} at {url.split('://', 1)[1].split('/', 1)[0].rpartition('@')[2]}"
+        host, _, path = url.split("://", 1)[1].split("?", 1)[0].rstrip("/").partition("/")
+        self.name = f"{model} at {host.rpartition('@')[2]}/{path}"
         self._url, self._model, self._wait = f"{url.rstrip('/')}/chat/completions", model, wait
         self._open = urllib.request.build_opener(_NoRedirect).open
 
@@ -89,7 +91,8 @@ class Endpoint:
                 error.close()
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code not in _AGAIN:
-                    wrong = f"Is {KEY} set?" if error.code in (401, 403) else "Are URL and model right?"
+                    wrong = "Are URL and model right, and is the question one that it takes?"
+                    wrong = f"Is {KEY} set?" if error.code in (401, 403) else wrong
                     raise BenchError(f"the judge {self.name} refused: {problem}. {wrong}") from None
             except (OSError, HTTPException, ValueError) as error:
                 problem = repr(error)
@@ -134,19 +137,22 @@ def ask_all(
     if workers < 1:
         raise BenchError(f"--workers {workers} must be at least 1.")
 
-    def one(make: Callable[[], Ask]) -> str:
+    def one(key: str, make: Callable[[], Ask]) -> str:
         ask = make()
         identity = identity_of(judge.name, ask.text, *ask.pngs)
         kept = journal.get(identity)
         if isinstance(kept, str):
             return kept
-        answer = judge.ask(ask)
+        try:
+            answer = judge.ask(ask)
+        except BenchError as error:
+            raise BenchError(f"question {key}: {error}") from error
         journal.put(identity, answer)
         return answer
 
     answers: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(one, make): key for key, make in asks.items()}
+        waiting = {pool.submit(one, key, make): key for key, make in asks.items()}
         try:
             for future in as_completed(waiting):
                 answers[waiting[future]] = future.result()
@@ -157,13 +163,12 @@ def ask_all(
     return answers
 
 
-def weights_identity(folder: Path) -> str:
-    """12 hexadecimal digits of the weights in a model's folder."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+def model_identity(folder: Path) -> str:
+    """12 hexadecimal digits of the files in a model's folder: weights, settings, tokenizer, chat template."""
     total = hashlib.sha256()
-    for file in files:
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _OF_MODELS):
         with file.open("rb") as data:
-            total.update(hashlib.file_digest(data, "sha256").digest())
+            total.update(f"{file.name}\0".encode() + hashlib.file_digest(data, "sha256").digest())
     return total.hexdigest()[:12]
 
 
@@ -172,6 +177,8 @@ def _answer(response: Any) -> str:
         text = response["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise ValueError("a response without choices[0].message.content") from None
+    if text is None:  # it declines, or thought until its tokens were used up: an answer that nobody can read
+        return ""
     if not isinstance(text, str):
         raise ValueError(f"an answer that is no text but {type(text).__name__}")
     return text

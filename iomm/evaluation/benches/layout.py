@@ -164,6 +164,15 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
+def originals_digest(items: Sequence[Item], originals: Path) -> str:
+    """SHA-256 of the images to edit, with their names."""
+    total = hashlib.sha256()
+    for source in sorted({str(item.source) for item in items}):
+        with (originals / source).open("rb") as file:
+            total.update(f"{source}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
 def _is_whole(path: Path, size: tuple[int, int]) -> bool:
     try:
         with Image.open(path) as image:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from iomm.evaluation.benches.judges import MAX_TOKENS, Ask, weights_identity
+from iomm.evaluation.benches.judges import MAX_TOKENS, Ask, model_identity
 from iomm.evaluation.benches.layout import BenchError
 
 
@@ -33,7 +33,7 @@ class LocalJudge:
             try:
                 return kind.from_pretrained(folder, local_files_only=True, **settings)
             except (OSError, ValueError, ImportError) as error:
-                problem = str(error).strip().splitlines()[0]
+                problem = (str(error).strip().splitlines() or [repr(error)])[0]
                 raise BenchError(
                     f"no {what} can be had from --judge-folder {folder} ({problem}). Give a folder in the "
                     "Hugging Face layout, or serve the model and give --judge-url."
@@ -48,7 +48,7 @@ class LocalJudge:
             )
         model = load(AutoModelForImageTextToText, "model", dtype=dtype, use_safetensors=True)
         self._model = model.to(device).eval()
-        self.name = f"{folder.resolve().name} {weights_identity(folder)}"
+        self.name = f"{folder.resolve().name} {model_identity(folder)}"
 
     @torch.no_grad()
     def ask(self, ask: Ask) -> str:

@@ -15,7 +15,7 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         OSError: no such file.
     """
     lines = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             lines.append((line, _object(line, f"{path}, line {number}")))
     return lines

@@ -1,6 +1,6 @@
 """From judged items to a benchmark's score: counted against what was generated, weighted, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,9 +70,11 @@ def summarise(bench: Bench, generated: Mapping[str, str], reading: Reading, *, s
     lost = tuple(key for key in reading.known_lost if key in generated and key not in judged)
     missing = sorted(generated.keys() - judged - set(lost))
     if missing:
+        which = " Or is it the first of dpg_bench.csv, which its scorer skips? Then give --questions."
         raise BenchError(
             f"{len(missing)} of {len(generated)} generated prompts were not judged: {named(missing)}. A "
             "score of the rest would be another benchmark's; run the scorer on all."
+            f"{which if bench.name == 'dpg' and len(missing) == 1 else ''}"
         )
     extra = sorted(judged - generated.keys())
     if extra:
@@ -109,9 +111,8 @@ def describe(result: Result) -> str:
 
 def _grouped(bench: Bench, generated: Mapping[str, str], reading: Reading) -> dict[str, np.ndarray]:
     """Scores by category, in the order of the benchmark's weights."""
-    names: Sequence[str] = (
-        list(dict.fromkeys(generated.values())) if bench.weights is None else list(bench.weights)
-    )
+    present = list(dict.fromkeys(generated.values()))  # a subset need not have all categories
+    names = present if bench.weights is None else [name for name in bench.weights if name in present]
     groups = {
         name: np.array(
             [reading.scores[k] for k, of in generated.items() if of == name and k in reading.scores]

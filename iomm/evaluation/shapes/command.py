@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `iomm evaluate shapes`, beside the checkpoint's."""
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1: none (default 3)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default 3)")
     parser.add_argument(
         "--edits",
         action="store_true",
@@ -55,10 +55,25 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-category", type=int, default=40, help="prompts of each, or edits of each action (default 40)"
     )
-    parser.add_argument("--images-per-prompt", type=int, default=1)
+    parser.add_argument("--images-per-prompt", type=int, help="(default 1)")
     parser.add_argument("--batch", type=int, default=32, help="pictures painted at once (default 32)")
     parser.add_argument("-o", "--output", type=Path, default=Path("shapes"), help="folder of the results")
     edit_command.add_settings(parser.add_argument_group("with --edits"))
+
+
+def check_evaluate_arguments(arguments: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a number that is none, or an option that `--edits` has no use for.
+    """
+    edit_command.check_settings(arguments)
+    for name in ("per_category", "batch", "images_per_prompt"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    if arguments.edits and (arguments.guidance is not None or arguments.images_per_prompt is not None):
+        raise ValueError(
+            "--edits has --image-guidance and --text-guidance and one picture an edit: leave --guidance and "
+            "--images-per-prompt out."
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,10 +152,10 @@ def evaluate(
 
     options = EvaluationOptions(
         per_category=arguments.per_category,
-        images_per_prompt=arguments.images_per_prompt,
+        images_per_prompt=arguments.images_per_prompt or 1,
         seed=arguments.seed,
         steps=arguments.steps,
-        guidance=arguments.guidance,
+        guidance=3.0 if arguments.guidance is None else arguments.guidance,
         method=arguments.method,
         batch_images=arguments.batch,
     )

@@ -48,8 +48,8 @@ class EditScore:
 
 def judge_edit(expected: Expected, detection: Detection) -> EditVerdict:
     """Compare what was found in a picture with what an edit was to make of its source."""
-    missed, changed = _unlike_background(expected, detection), []
     left = [found for found in detection.objects if found not in detection.unclear]
+    missed, changed = _unlike_background(expected, detection), _other_number(expected, left)
     unclear = [f"unclear: {found.reason}" for found in detection.unclear]
     gone = [thing for thing in expected.kept if not _take(left, thing)]
     if len(gone) > expected.spare:
@@ -81,6 +81,15 @@ def _unlike_background(expected: Expected, detection: Detection) -> list[str]:
         return []
     both = to_lab(np.array([detection.background, BACKGROUNDS[expected.background]], dtype=np.uint8))
     return [] if distance(*both) < RIM_DISTANCE else ["the background is another"]
+
+
+def _other_number(expected: Expected, found: list[Found]) -> list[str]:
+    if expected.count is None:
+        return []
+    kind, wanted = expected.count
+    there = sum((one.shape, one.colour) == kind for one in found)
+    said = f"{wanted} of {kind[1]} {kind[0]} were asked for, there are {there}"
+    return [] if there == wanted else [said]
 
 
 def _take(left: list[Found], thing: Thing) -> bool:

@@ -87,6 +87,7 @@ class Expected:
     background: str
     kept: tuple[Thing, ...]  # as they were
     spare: int = 0  # exactly as many of them are gone
+    count: tuple[Kind, int] | None = None  # things of a kind that there are to be, wherever
     changed: tuple[Thing, ...] = ()  # in place, as they are now
     new: tuple[Kind, ...] = ()  # anywhere
     size: float | None = None  # radius of what is new; None: any
@@ -175,6 +176,7 @@ def expect(scene: Scene, edit: Edit) -> Expected:
             kept=scene.things,
             spare=max(0, named - edit.count),
             new=(edit.subject,) * max(0, edit.count - named),
+            count=(edit.subject, edit.count),
         )
     if named != 1:
         raise ValueError(_misfit(scene, edit, f"show one {_words(edit.subject)}"))

@@ -81,6 +81,12 @@ def test_generated_pictures_are_those_of_paint_and_their_score_is_left_to_the_ru
     assert scores["overall"]["mean"] == pytest.approx(0.5 / 6) and scores["judge"].startswith("Mask2Former")
     [left] = (run / "scores").glob("geneval-00000007-*.json")
     assert json.loads(left.read_text())["settings"]["sampling"]["seed"] == 5
+    record = json.loads((tmp_path / "out.run.json").read_text())
+    record["checkpoint"]["ema"] = False  # as `generate --raw` writes it
+    (tmp_path / "out.run.json").write_text(json.dumps(record))
+    assert main([*read, "--judge", "Mask2Former of 2022-05-04"]) == 0
+    assert len(list((run / "scores").glob("geneval-00000007-*.json"))) == 2
+    capsys.readouterr()
     assert main(["evaluate", "read", "--bench", "dpg", str(results), "--generated", str(out)]) == 1
     assert "was generated for geneval, not dpg" in capsys.readouterr().err
 
@@ -128,7 +134,9 @@ def test_a_folder_is_scored_from_the_command_line_and_what_is_lacking_is_said(
     questions = small.dpg_questions(tmp_path / "dpg_bench.csv")
     assert main([*told, "--questions", str(questions)]) == 0
     scores = json.loads((tmp_path / "out.scores.json").read_text())
-    assert scores["overall"]["mean"] == 0 and scores["judge"] == "m at 127.0.0.1:1" and scores["scored"] == 3
+    assert (
+        scores["overall"]["mean"] == 0 and scores["judge"] == "m at 127.0.0.1:1/v1" and scores["scored"] == 3
+    )
     (prompts / "COCOval0.txt").write_text("another prompt")
     assert main([*told, "--questions", str(questions)]) == 1
     (out / "COCOval1.png").unlink()

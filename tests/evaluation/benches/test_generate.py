@@ -74,6 +74,14 @@ def test_wise_and_imgedit_have_one_picture_a_prompt_named_by_its_key(tmp_path):
         )
     assert files(tmp_path / "w") == {f"{i}.png" for i in (1, 401, 568, 701, 801, 901)}
     assert files(tmp_path / "e") == {"1082.png", "1068.png", "673.png"}
+    assert [pixel(tmp_path / "w" / f"{i}.png") for i in (1, 401, 901)] == [0, 400, 900]  # a subset's noise
+
+
+def test_an_image_to_edit_lies_in_the_folder_of_originals(tmp_path):
+    edits = small.imgedit_prompts(tmp_path / "basic_edit.json")
+    edits.write_text(edits.read_text().replace("animal/1.jpg", "../animal/1.jpg"))
+    with pytest.raises(BenchError, match="leaves the folder of originals"):
+        load_prompts(IMGEDIT, edits, subset=True)
 
 
 def test_the_record_lies_beside_the_folder_and_names_every_prompt(geneval):

@@ -97,6 +97,16 @@ def test_a_refusal_is_not_repeated_and_shows_no_key(fake_endpoint, monkeypatch):
     assert SECRET not in str(caught.value) and len(fake_endpoint.requests) == 1
 
 
+def test_an_answer_without_content_is_one_that_nobody_can_read(fake_endpoint):
+    fake_endpoint.replies = [(200, said(None))]
+    assert Endpoint(fake_endpoint.url, "m").ask(ASK) == "" and len(fake_endpoint.requests) == 1
+
+
+def test_judges_of_one_host_are_told_apart_by_their_path():
+    one, other = (Endpoint(f"https://user:secret@host:1/{path}/v1/?key=secret", "m") for path in "ab")
+    assert (one.name, other.name) == ("m at host:1/a/v1", "m at host:1/b/v1")
+
+
 def test_a_judge_that_never_answers_or_redirects_is_given_up(fake_endpoint):
     fake_endpoint.replies = [(500, "")]
     with pytest.raises(BenchError, match=f"no answer in {ATTEMPTS} attempts"):
@@ -117,7 +127,7 @@ def test_answers_are_kept_and_a_stopped_run_asks_only_the_rest(tmp_path):
             raise BenchError("gone")
         return f"said {text}"
 
-    with pytest.raises(BenchError, match="gone"):
+    with pytest.raises(BenchError, match="question 3: gone"):
         ask_all(FakeJudge(fails_at_3), asks, Journal(path), workers=1)
     assert path.read_text().count("\n") == 3
     with path.open("a") as file:

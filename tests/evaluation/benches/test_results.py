@@ -6,6 +6,7 @@ import pytest
 
 from iomm.evaluation.benches import dpg, geneval, imgedit, wise
 from iomm.evaluation.benches.layout import BenchError
+from iomm.evaluation.benches.records import read_lines
 from iomm.evaluation.benches.summary import Reading, describe, summarise
 from tests.evaluation.benches import bench_files as small
 
@@ -154,6 +155,21 @@ def test_wise_legacy_weighs_marks_and_categories_as_published(tmp_path):
     result = summarise(wise.WISE, GENERATED_WISE, reading)
     assert result.overall.mean == pytest.approx(0.4 * 1 + 0.133 * 0.7 + 0.1 * 0.1)
     assert wise.LEGACY_WEIGHTS["time"] == 0.167 and sum(wise.LEGACY_WEIGHTS.values()) == pytest.approx(1)
+
+
+def test_a_subset_of_wise_has_a_score_of_the_categories_that_it_has(tmp_path):
+    reading = wise.read_results_legacy([wise_results(tmp_path / "s.jsonl", {1: (2, 2, 2), 401: (0, 0, 0)})])
+    result = summarise(wise.WISE, {"1": "culture", "401": "time"}, reading)
+    assert result.overall.mean == pytest.approx(0.4 / 0.567) and list(result.categories) == [
+        "culture",
+        "time",
+    ]
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [record for _, record in read_lines(path)] == [{"prompt": "a\u2028b\u0085c"}]
 
 
 def test_wise_marks_that_could_not_be_read_are_counted_and_never_a_score(tmp_path):

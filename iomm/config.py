@@ -90,7 +90,7 @@ class MllmConfig:
 
     path: str  # a folder in the Hugging Face layout, or a hub name
     revision: str | None = None  # hub revision; None: the folder as it is
-    max_caption_tokens: int = 128  # a longer caption is an error, never cut
+    max_caption_tokens: int = 128  # a longer caption is never cut (data.long_captions); a prompt is an error
     image_px: int | None = None  # side of the image it sees; None: its own, Qwen: 16 x 16 tokens
 
 
@@ -368,8 +368,10 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None  # first and last step of a torch.profiler window, every rank
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_images", "micro_batch_images", "keep_last", "log_every_steps"):
+        counts = ("steps", "global_batch_images", "micro_batch_images", "keep_last")
+        for name in (*counts, *(f"{what}_every_steps" for what in ("log", "save", "eval", "sample"))):
             require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be at least 1.")
+        require(self.eval_images >= 2, f"train.eval_images {self.eval_images} must be at least 2.")
         require(
             self.global_batch_images % self.micro_batch_images == 0,
             f"train.global_batch_images {self.global_batch_images} is not a multiple of "

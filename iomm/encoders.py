@@ -18,6 +18,7 @@ from iomm.data.cache import FeatureCache, feature_key
 from iomm.data.loader import Batch, Sample
 from iomm.data.view import View
 from iomm.flow.path import Grid
+from iomm.parallel.backend import kernel_provider
 from iomm.parallel.engine import DTYPES
 from iomm.random import Stream, normal
 
@@ -58,7 +59,9 @@ class Encoders:
         # says how much); `data.cache_dir` pays it once an image.
         self.codec = open_codec(config.codec, torch.promote_types(dtype, torch.float32), device)
         self.mllm = open_mllm(config.mllm, dtype, device)
-        self.prefixes = PrefixBuilder(self.mllm, config.condition, config.kernels)
+        self.prefixes = PrefixBuilder(
+            self.mllm, config.condition, kernel_provider(config.kernels, device, dtype)
+        )
         self.grid = self.codec.grid(config.data.image_px, config.data.image_px)
         if self.codec.token_channels != config.generator.token_channels:
             raise ValueError(

@@ -49,6 +49,8 @@ def test_set_changes_one_value_and_nothing_else():
         ("train=1", r"train is a section, not a value\. Set one of its keys: steps"),
         ("train.steps", r"has no '='"),
         ("train.micro_batch_images=5", r"32 is not a multiple of\s+train\.micro_batch_images 5"),
+        ("train.eval_images=1", r"train\.eval_images 1 must be at least 2"),
+        ("train.save_every_steps=0", r"train\.save_every_steps 0 must be at least 1"),
         ("data.pairs=[]", None),
         ("data.mix_ratio=2", r"data\.mix_ratio 2\.0 must lie in \[0, 1\]"),
         ("generator.heads=5", r"hidden_size 192 is not divisible by generator\.heads 5"),

@@ -105,8 +105,8 @@ def test_what_flash_attention_and_apex_add_is_said_beside_te_and_without_it() ->
     with_te = {"versions": VERSIONS | TE | {"flash-attn": "2.8.3"}, "gpus": (H100,)}
     assert "gradients summed within the matrix product" in check("apex", **found).detail
     assert "te has all of it" in check("apex", **found, **with_te).detail
-    assert check("flash-attn", **with_te).status == "ok" and "prefers cuDNN" in check("flash-attn").detail
-    assert "without te not used" in check("flash-attn", versions=VERSIONS | {"flash-attn": "2.8.3"}).detail
+    assert check("flash-attn", **with_te).status == "ok" and "mask mode drop" in check("flash-attn").detail
+    assert "without a GPU not used" in check("flash-attn", versions=VERSIONS | {"flash-attn": "2.8.3"}).detail
 
 
 def test_an_old_resiliency_extension_is_broken_and_a_newer_one_is_not_mentioned() -> None:

@@ -140,3 +140,16 @@ def test_the_condition_costs_the_same_flops_hidden_and_dropped_when_every_token_
         found[mode] = count_condition_flops(conditioner, encoders)
     assert found["drop"] == found["hide"]
     assert min(found["drop"].prefix, found["drop"].adapter, found["drop"].queries) > 0
+
+
+def test_with_csrc_prefixes_take_pytorchs_operators_where_none_is_compiled(
+    frozen, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("iomm.parallel.backend.csrc.load_problem", lambda device: None)
+    config = config_of(
+        world, frozen, tmp_path, "internvl", "flux", kernels="csrc", condition__mask_mode="drop"
+    )
+    encoders = Encoders(config, torch.device("cpu"))
+    patches = torch.zeros(2, encoders.mllm.image_tokens, encoders.mllm.width)
+    keep = torch.rand(patches.shape[:2]) < 0.5
+    assert encoders.prefixes.for_images(patches, keep) is not None

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -262,6 +263,7 @@ def overall(score: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 130 if it was stopped, 1 if a run failed."""
+    sys.path.insert(0, str(ROOT))  # where this file is run by its path
     from tools.recipes_table import write_results
 
     parser = argparse.ArgumentParser(
@@ -272,10 +274,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--train-set", action="append", default=[], metavar="A.B=VALUE", help="for every run")
-    parser.add_argument("--evaluate", nargs="*", default=[], help="more of `iomm evaluate shapes`")
+    parser.add_argument(
+        "--evaluate", default="", metavar="'OPTIONS'", help="more of `iomm evaluate shapes`, as one word"
+    )
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)
-    evaluate = ["--images-per-prompt", str(IMAGES_PER_PROMPT), *arguments.evaluate]
+    evaluate = ["--images-per-prompt", str(IMAGES_PER_PROMPT), *shlex.split(arguments.evaluate)]
     bench = Bench(ROOT, arguments.train_set, evaluate)
 
     def say(line: str) -> None:

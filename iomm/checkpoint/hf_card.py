@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from iomm.checkpoint.hf_layout import Manifest
-from iomm.config import Config
+from iomm.config import Config, OptimizerConfig
 
 _HEAD = """---
 library_name: diffusers
@@ -74,13 +74,21 @@ def _facts(manifest: Manifest, config: Config) -> list[tuple[str, str]]:
         ("timesteps", f"{config.flow.timestep}, shift {config.flow.shift}"),
         (
             "optimizer",
-            f"AdamW, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay}, "
+            f"{_optimizer(optimizer)}, lr {optimizer.lr}, weight decay {optimizer.weight_decay}, "
             f"{optimizer.warmup_steps:,} warm-up steps, {optimizer.schedule}",
         ),
         ("precision", f"{train.precision}; stored as {manifest.dtype or 'trained'}"),
         ("seed", str(train.seed)),
         ("code", f"iomm {manifest.iomm_version}, commit {manifest.commit or 'unknown'}"),
     ]
+
+
+def _optimizer(of: OptimizerConfig) -> str:
+    adamw = f"AdamW (betas {of.betas})"
+    if of.kind == "adamw":
+        return adamw
+    steps = f"{of.muon_newton_schulz_steps} Newton-Schulz steps"
+    return f"Muon (momentum {of.muon_momentum}, {steps}), other weights {adamw}"
 
 
 def _names(patterns: tuple[str, ...]) -> str:

@@ -181,9 +181,9 @@ class FrozenMllm:
         }
 
     def vision_identity(self) -> str:
-        """Hash of everything `vision` depends on; keys the feature cache."""
+        """Hash of everything `vision` depends on, on whatever device; keys the feature cache."""
         digest = hashlib.sha256(
-            f"{self.image_px} {self.mean.flatten()} {self.std.flatten()} {self.dtype}".encode()
+            f"{self.image_px} {self.mean.flatten().cpu()} {self.std.flatten().cpu()} {self.dtype}".encode()
         )
         for part in self.eye.parts:
             for name, tensor in part.state_dict().items():

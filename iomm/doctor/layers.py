@@ -63,15 +63,15 @@ def _transformer_engine(machine: Machine) -> tuple[str, str]:
 
 
 def flash_attention(machine: Machine) -> Check:
-    """What it adds beside Transformer Engine, whose attention chooses between it and cuDNN."""
+    """What it adds: to the adapter's attention, and to Transformer Engine's, which chooses by itself."""
     version = machine.versions.get("flash-attn")
-    adds = "another kernel for te's attention to choose; on compute capability 9.0 it prefers cuDNN's"
+    adds = "a kernel for the adapter's attention in mask mode drop, and for te's to choose"
     if version is None:
         status, detail = "no", f"not installed, and not needed: it is {adds}"
-    elif usable_te(machine):
+    elif machine.gpus:
         status, detail = "ok", f"{version}: {adds}"
     else:
-        status, detail = "no", f"{version} is installed, and without te not used: it is {adds}"
+        status, detail = "no", f"{version} is installed, and without a GPU not used: it is {adds}"
     return Check(section="optional", name="flash-attn", status=status, detail=detail)
 
 

@@ -167,6 +167,10 @@ def gated_residual(x_LBD: Tensor, gate_BD: Tensor, y_LBD: Tensor, *, provider: s
     """
     check_inputs("gated_residual", x_LBD, gate=gate_BD)
     check_inputs("gated_residual", y_LBD, gate=gate_BD)
+    if y_LBD.shape != x_LBD.shape:
+        raise ValueError(
+            f"gated_residual: x {tuple(x_LBD.shape)} and y {tuple(y_LBD.shape)} have to be alike."
+        )
     chosen = resolve("gated_residual", provider, x_LBD.device.type, x_LBD.dtype)
     if chosen == "eager":
         return reference(x_LBD, gate_BD, y_LBD)

@@ -236,6 +236,10 @@ def gated_residual_modulate(
     name = "gated_residual_modulate"
     check_inputs(name, x_LBD, norm, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     check_inputs(name, y_LBD, norm, gate=gate_BD)
+    if y_LBD.shape != x_LBD.shape:
+        raise ValueError(
+            f"gated_residual_modulate: x {tuple(x_LBD.shape)} and y {tuple(y_LBD.shape)} have to be alike."
+        )
     inputs = (x_LBD, gate_BD, y_LBD, shift_BD, scale_BD, norm, eps)
     chosen = resolve(name, provider, x_LBD.device.type, x_LBD.dtype)
     return reference(*inputs) if chosen == "eager" else _fused(*inputs, chosen)

@@ -254,7 +254,7 @@ def qk_norm_rope(
         q_LBHK.ndim != 4
         or k_LBHK.shape != q_LBHK.shape
         or K % 2
-        or q_weight_K.shape != k_weight_K.shape != (K,)
+        or not q_weight_K.shape == k_weight_K.shape == (K,)
     ):
         raise ValueError(
             f"qk_norm_rope: q {tuple(q_LBHK.shape)} and k {tuple(k_LBHK.shape)} have to be alike, "

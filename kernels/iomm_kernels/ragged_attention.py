@@ -136,15 +136,18 @@ def sdpa(call: Call) -> Tensor:
 def side_by_side(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values (T + B Q, G, K) and cu_S of [prefix | own] for each sample, without asking the device
     for a length. Padding rows of the prefix go behind the last sample."""
-    if call.own_k_BQGK is None or call.own_v_BQGK is None:
-        return call.k_TGK, call.v_TGK, call.cu_S
-    B, Q = call.q_BQHK.shape[:2]
     row_T = torch.arange(len(call.k_TGK), device=call.cu_S.device, dtype=torch.int32)
+    # flash-attn leaves the gradients of rows outside of all samples as the memory was: none go through.
+    padding_T11 = (row_T >= call.cu_S[-1])[:, None, None]
+    k_TGK, v_TGK = (x.masked_fill(padding_T11, 0) for x in (call.k_TGK, call.v_TGK))
+    if call.own_k_BQGK is None or call.own_v_BQGK is None:
+        return k_TGK, v_TGK, call.cu_S
+    B, Q = call.q_BQHK.shape[:2]
     sample_T = torch.searchsorted(call.cu_S, row_T, right=True) - 1
     own_BQ = call.cu_S[1:, None] + torch.arange(Q, device=call.cu_S.device)
     own_BQ = own_BQ + Q * torch.arange(B, device=call.cu_S.device)[:, None]
     to = torch.cat((row_T + Q * sample_T, own_BQ.flatten())).long()
-    pairs = ((call.k_TGK, call.own_k_BQGK), (call.v_TGK, call.own_v_BQGK))
+    pairs = ((k_TGK, call.own_k_BQGK), (v_TGK, call.own_v_BQGK))
     k, v = (torch.cat((a, b.flatten(0, 1))) for a, b in pairs)
     k, v = (torch.empty_like(x).index_copy(0, to, x) for x in (k, v))
     return k, v, call.cu_S + Q * torch.arange(B + 1, device=call.cu_S.device, dtype=torch.int32)

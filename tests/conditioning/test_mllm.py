@@ -56,6 +56,25 @@ def their_inputs(mllm, image):
     }
 
 
+def test_the_eye_has_one_identity_whichever_device_it_is_on(mllm, monkeypatch):
+    """A tensor's text names its GPU; ranks that share a cache of features have different ones."""
+    known = mllm.vision_identity()
+
+    class OnGpu:
+        def __init__(self, numbers):
+            self.numbers = numbers
+
+        def flatten(self):
+            return self
+
+        def cpu(self):
+            return self.numbers.flatten()
+
+    for name in ("mean", "std"):
+        monkeypatch.setattr(mllm, name, OnGpu(getattr(mllm, name)))
+    assert mllm.vision_identity() == known
+
+
 @torch.no_grad()
 def test_prefix_and_query_rows_equal_transformers_own_forward_of_the_same_prompt(mllm):
     image = images(mllm)

@@ -175,6 +175,12 @@ def test_going_on_from_changed_sources_is_an_error(photos, tmp_path, png):
         make_shards([FolderSource(str(photos))], tmp_path / "out")
 
 
+def test_going_on_with_another_caption_field_is_an_error(photos, tmp_path):
+    make_shards([FolderSource(str(photos))], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"begun from other sources.*caption_field.*text"):
+        make_shards([FolderSource(str(photos), "text")], tmp_path / "out")
+
+
 def test_a_folder_of_foreign_tars_is_not_written_into(photos, tmp_path, write_shard, png):
     foreign = Path(write_shard("theirs/one.tar", [("a.png", png(0))]))
     with pytest.raises(ValueError, match=r"holds one\.tar, which no .* wrote"):

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from iomm_kernels import csrc, launch
+from iomm_kernels.gated_residual import gated_residual
+from iomm_kernels.gated_residual_modulate import gated_residual_modulate
 from iomm_kernels.modulate import modulate
+from iomm_kernels.qk_norm_rope import qk_norm_rope
 
 
 def test_auto_takes_the_compiled_operator_where_it_is_and_says_once_why_not(
@@ -42,6 +45,13 @@ def test_shapes_and_dtypes_that_do_not_fit_are_named() -> None:
         modulate(x, vector.bfloat16(), vector)
     with pytest.raises(ValueError, match="norm 'batch' is none of layer, rms"):
         modulate(x, None, vector, "batch")
+    with pytest.raises(ValueError, match=r"x \(3, 2, 8\) and y \(2, 2, 8\) have to be alike"):
+        gated_residual(x, vector, x[:2])
+    with pytest.raises(ValueError, match=r"x \(3, 2, 8\) and y \(2, 2, 8\) have to be alike"):
+        gated_residual_modulate(x, vector, x[:2], vector, vector)
+    q, table = torch.zeros(3, 2, 4, 8), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"the weights \(8,\) and \(1,\) \(K,\)"):
+        qk_norm_rope(q, q, torch.ones(8), torch.ones(1), table, table)
 
 
 def test_without_triton_every_operator_imports_and_runs_eagerly() -> None:

@@ -102,12 +102,28 @@ def test_padded_keys_are_packed_ones_of_equal_length() -> None:
     torch.testing.assert_close(got, expected.transpose(1, 2))
 
 
+class StaleGradients(torch.autograd.Function):
+    """Rows that no sequence has get no gradient from flash-attn: its memory is not cleared."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows = int(rows)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        stale = grads[0].clone()
+        stale[ctx.rows :] = torch.nan
+        return stale, None
+
+
 def stand_in_for_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, softmax_scale: float, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     """What flash-attn documents of its function: each sequence alone, causal aligned to the last key."""
     assert deterministic
+    k, v = (StaleGradients.apply(x, cu_seqlens_k[-1]) for x in (k, v))
     out = []
     for b in range(len(cu_seqlens_q) - 1):
         mine, keys = (slice(int(cu[b]), int(cu[b + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
@@ -124,7 +140,9 @@ def stand_in_for_flash_attn(
 
 
 @pytest.mark.parametrize(
-    "shape", [GROUPED, Shape(lengths=(5, 2), Q=4, H=2, G=2, K=8, own=False)], ids=["prefix", "cross"]
+    "shape",
+    [GROUPED, Shape(lengths=(5, 2), Q=4, H=2, G=2, K=8, own=False, padding=3)],
+    ids=["prefix", "cross"],
 )
 def test_flash_attn_is_given_prefix_and_own_keys_side_by_side(
     shape: Shape, monkeypatch: pytest.MonkeyPatch

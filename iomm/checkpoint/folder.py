@@ -132,7 +132,9 @@ def read_info(path: Path) -> CheckpointInfo:
             raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} has no {INFO_FILE}, so it is not a complete checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(unanswered(path / INFO_FILE, error)) from error
+    except ValueError as error:
         raise DamagedCheckpoint(
             f"{path / INFO_FILE} cannot be read: {error}. Use an older checkpoint."
         ) from error
@@ -155,6 +157,9 @@ def read_info(path: Path) -> CheckpointInfo:
 def write_info(path: Path, info: Mapping[str, Any]) -> None:
     """Write `checkpoint.json` for the files now in `path`, and make all names and bytes durable."""
     files = {p.name: p.stat().st_size for p in path.iterdir() if p.name != INFO_FILE}
+    for name in files:
+        if not name.endswith(".distcp"):  # Megatron syncs its shards, not the small files
+            _sync(path / name)
     with open(path / INFO_FILE, "w") as file:
         json.dump({"format": FORMAT_VERSION, **info, "files": files}, file, indent=1)
         file.flush()
@@ -164,6 +169,10 @@ def write_info(path: Path, info: Mapping[str, Any]) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -200,6 +209,14 @@ def prune(folder: Path, keep_last: int) -> None:
         doomed = path.with_name(f"{TEMPORARY}pruned_{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def unanswered(path: Path, error: OSError) -> str:
+    """What is said of a file that the disk does not give: nothing is known of its contents."""
+    return (
+        f"{path} cannot be read now: {error}. Try again once the disk answers; if it never does, rename the "
+        f"checkpoint ({DAMAGED}...) to go on from the one before it."
+    )
 
 
 def set_aside(path: Path) -> Path:

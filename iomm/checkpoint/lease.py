@@ -3,7 +3,8 @@
 When a node is lost, its tasks may live on without anybody knowing: a ghost. The next launch of the run
 takes the lease, which is a number of its own in RUN/lease.json, and before the ghost writes anything that
 lasts it looks there, finds another number and ends. So the newest launch always wins, and needs nobody's
-consent.
+consent. A launcher that starts the ranks of a superseded launch again does not win: torchrun's restarts keep
+the launch's id, and may not take the lease from another launch.
 
 Between a ghost's last look and its rename of a checkpoint there is a gap of milliseconds. What may come
 through is a whole checkpoint of the same run; its temporary folder is removed by the new launch, so a torn
@@ -16,7 +17,7 @@ import os
 import socket
 import uuid
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from iomm.files import write_whole
 
@@ -35,6 +36,8 @@ class Lease:
         run_dir: the run's folder; it exists.
         writes: False on every rank but rank 0: then it holds for ever, because that rank writes nothing that
             a ghost could spoil.
+    Raises:
+        Superseded: torchrun restarted this launch, and another one holds the lease.
     """
 
     def __init__(self, run_dir: Path, *, writes: bool) -> None:
@@ -42,10 +45,28 @@ class Lease:
         self._id = uuid.uuid4().hex if writes else None
         if not writes:
             return
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            self._refuse_restart(launch)
         taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        lease = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "taken": taken}
+        lease = {
+            "id": self._id,
+            "launch": launch,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "taken": taken,
+        }
         part = self._path.with_name(f"{LEASE_FILE}.{self._id}.part")  # two launches may start at once
         write_whole(self._path, json.dumps(lease, indent=1) + "\n", part=part)
+
+    def _refuse_restart(self, launch: str | None) -> None:
+        try:
+            holder = json.loads(self._path.read_text(encoding="utf-8"))
+            other = holder["launch"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return  # nobody's: an earlier version's, or torn
+        if other != launch:
+            raise Superseded(_taken(self._path, holder))
 
     def check(self) -> None:
         """Call before each write that lasts. The file is opened anew, which makes NFS ask its server.
@@ -64,8 +85,12 @@ class Lease:
                 "may write into this run's folder. Launch the run again: it goes on from its last checkpoint."
             ) from error
         if not held:
-            raise Superseded(
-                f"process {holder.get('pid')} on {holder.get('host')} has taken over {self._path.parent} at "
-                f"{holder.get('taken')}; this launch (process {os.getpid()} on {socket.gethostname()}) "
-                "writes nothing more. If you did not start it, end that process and launch the run again."
-            )
+            raise Superseded(_taken(self._path, holder))
+
+
+def _taken(path: Path, holder: dict[str, Any]) -> str:
+    return (
+        f"process {holder.get('pid')} on {holder.get('host')} has taken over {path.parent} at "
+        f"{holder.get('taken')}; this launch (process {os.getpid()} on {socket.gethostname()}) "
+        "writes nothing more. If you did not start it, end that process and launch the run again."
+    )

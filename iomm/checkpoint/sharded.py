@@ -28,6 +28,7 @@ from iomm.checkpoint.folder import (
     find,
     latest,
     read_info,
+    unanswered,
 )
 from iomm.checkpoint.ranks import on_every_rank, on_rank_0, quiet
 from iomm.checkpoint.saver import Saver, save
@@ -138,7 +139,8 @@ def _read(path: Path, state: dict[str, Any], mesh: Mesh) -> Any:
     """Fill a sharded state dict; all ranks call.
 
     Raises:
-        DamagedCheckpoint: a file that the disk does not give, or that holds something else.
+        CheckpointError: a file that the disk does not give now.
+        DamagedCheckpoint: a file that is gone, or holds something else.
     """
     # What Megatron reads before its ranks talk to each other: a rank that failed there would miss the talk.
     on_every_rank(mesh, lambda: _readable(path, lambda: serialization.load_common_state_dict(str(path))))
@@ -146,11 +148,17 @@ def _read(path: Path, state: dict[str, Any], mesh: Mesh) -> Any:
 
 
 def _readable[T](path: Path, action: Callable[[], T]) -> T:
-    """Do what reads a checkpoint; an error says that it is damaged."""
+    """Do what reads a checkpoint; an error says that it is damaged, unless the machine is at fault."""
     try:
         with quiet():
             return action()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if "allocate memory" in str(error):  # torch's words for a CPU that has none left
+            raise
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise CheckpointError(unanswered(path, error)) from error
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read: {error}. Restore it or use an older checkpoint."
         ) from error

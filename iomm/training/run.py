@@ -34,6 +34,7 @@ from iomm.checkpoint.lease import Lease
 from iomm.config import Config
 from iomm.data.decoder import decoder_used
 from iomm.data.errors import BadSampleReport
+from iomm.evaluation.runlog import read_jsonl
 from iomm.files import write_whole
 from iomm.parallel.agreement import code_digest
 from iomm.parallel.mesh import Mesh
@@ -96,6 +97,19 @@ class Run:
         """Something that happened: resume, save, nan_skip, bad_sample, stop. Ranks log what they see."""
         self._rank_log.note(f"step {step}: {event} {detail}")
         self.log("event", step, event=event, detail=detail)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation after a step."""
+        records = read_jsonl(self.dir / "metrics.jsonl", [])
+        return any(record.get("kind") == "eval" and record.get("step") == step for record in records)
+
+    def painted(self, step: int) -> bool:
+        """Whether the grid of the example prompts is there."""
+        return self.grid_path(step).is_file()
+
+    def grid_path(self, step: int) -> Path:
+        """The grid of the example prompts after a step."""
+        return self.dir / f"samples/step_{step:06d}_text.png"
 
     def bad_sample(self, report: BadSampleReport) -> None:
         """Put a sample on the quarantine list."""

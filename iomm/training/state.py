@@ -7,6 +7,7 @@ one whole version, because it is renamed into place. A process that is killed ca
 
 import datetime
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal, Self, final
 from iomm.checkpoint.lease import Lease, Superseded
 from iomm.files import write_whole
 
+_log = logging.getLogger(__name__)
 STATE_FILE = "run_state.json"
 State = Literal["running", "done", "stopped", "preempted", "failed"]
 
@@ -82,7 +84,7 @@ class StateFile:
         self._path = run_dir / STATE_FILE
         self._check: Callable[[], None] = lease.check if lease is not None else lambda: None
         self._writes = writes
-        before = read_state(run_dir) if writes else None
+        before = self._before(run_dir) if writes else None
         self._state = RunState(
             state="running",
             step=step,
@@ -95,6 +97,15 @@ class StateFile:
             last_checkpoint=None if last_checkpoint is None else str(last_checkpoint),
         )
         self._write()
+
+    @staticmethod
+    def _before(run_dir: Path) -> RunState | None:
+        """The last launch's state; None where a crash left a torn file, which this launch writes over."""
+        try:
+            return read_state(run_dir)
+        except ValueError as error:
+            _log.warning("%s It counts as none.", error)
+            return None
 
     def update(self, step: int) -> None:
         """The run is alive after `step` optimizer steps."""

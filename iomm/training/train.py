@@ -12,6 +12,7 @@ from pathlib import Path
 
 from iomm.checkpoint import sharded
 from iomm.checkpoint.folder import CheckpointError
+from iomm.checkpoint.ranks import on_rank_0
 from iomm.checkpoint.saver import Saver
 from iomm.config import Config
 from iomm.data.errors import BadSampleReport
@@ -26,7 +27,7 @@ from iomm.training.phases import Phases
 from iomm.training.profiler import ProfileWindow
 from iomm.training.progress import TrainingProgress
 from iomm.training.prometheus import PrometheusFile
-from iomm.training.recovery import naming_lost_ranks, newest, resume
+from iomm.training.recovery import begins, naming_lost_ranks, resume
 from iomm.training.run import Run
 from iomm.training.state import StateFile
 from iomm.training.step import Dealt, StepInputs
@@ -61,7 +62,7 @@ def train(config: Config) -> Outcome:
     shapes = mesh.broadcast_object(encoders.shapes if encoders is not None else None)
     system = build(config, shapes, mesh, encoders)
     checkpoints = config.run_dir / "checkpoints"
-    if newest(checkpoints, mesh) is None and config.train.init_from is not None:
+    if begins(checkpoints, mesh) and config.train.init_from is not None:
         _init_weights(config, system, mesh)
     engine = Engine(system, system.backend_config, config.optimizer, config.train, config.parallel, mesh)
     resumed = resume(checkpoints, engine, config, mesh)
@@ -119,6 +120,9 @@ def train(config: Config) -> Outcome:
             screen.say(damage)
         if resumed.path is not None:
             run.event(resumed.step, "resume", str(resumed.path))
+        if resumed.changed:
+            run.event(resumed.step, "settings_changed", list(resumed.changed))
+            screen.say(f"settings that the checkpoint had otherwise: {'; '.join(resumed.changed)}")
         stack.enter_context(notes.watch_over(trainer))
         stack.enter_context(naming_lost_ranks(mesh, trainer.phases))
         return _loop(trainer, stop, screen)
@@ -127,6 +131,9 @@ def train(config: Config) -> Outcome:
 def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
     settings, phase = t.config.train, t.phases
     flops, watch, batches, inputs = _flops(t), Stopwatch(), _batches(t), t.inputs
+    if _was_cut_off(t):
+        with phase("evaluate"):
+            _evaluate(t, t.first_step, screen, last=t.first_step == settings.steps)
     for step in range(t.first_step + 1, settings.steps + 1):
         phase.step = step
         notes.profile(t, step)
@@ -150,20 +157,24 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
             screen.update(step, result.loss, throughput)
             stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
         last = bool(stopped) or step == settings.steps
-        with watch.pause(), phase("evaluate"):
-            _evaluate(t, step, screen, last=step == settings.steps)
-        with watch.pause(), phase("save"):
+        with (
+            watch.pause(),
+            phase("save"),
+        ):  # first: nothing that an evaluation does may cost the steps before it
             _saving(t, step, screen, t.saver.poll, last=False)
             if last or step % settings.save_every_steps == 0:
                 _save(t, step, screen, last=last)
         if stopped and step < settings.steps:
             return _stop(t, step, signal.Signals(stopped))
+        with watch.pause(), phase("evaluate"):
+            _evaluate(t, step, screen, last=step == settings.steps)
     t.state.end("done", settings.steps)
     return Outcome(t.run.dir, settings.steps)
 
 
 def _stop(t: Trainer, step: int, by: signal.Signals) -> Outcome:
     """Leave after a step and its checkpoint, because signal `by` asked for it."""
+    notes.quarantine(t, step)
     t.run.event(step, "stop", by.name)
     t.state.end("preempted" if by == signal.SIGUSR1 else "stopped", step, by.name)
     return Outcome(t.run.dir, step, by)
@@ -197,16 +208,14 @@ def _flops(t: Trainer) -> FlopCount | None:
 def _init_weights(config: Config, system: System, mesh: Mesh) -> None:
     """Start from another run's weights: its EMA if it kept one."""
     assert config.train.init_from is not None
-    source = sharded.find(Path(config.train.init_from))
+    source = on_rank_0(mesh, lambda: sharded.find(Path(str(config.train.init_from))))
     sharded.load_weights(source, system, config=config, ema=sharded.read_info(source).has_ema, mesh=mesh)
 
 
 def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:
     """Held-out losses and grids, with the EMA weights if there are any."""
-    train = t.config.train
-    evaluates = last or step % train.eval_every_steps == 0
-    paints = last or step % train.sample_every_steps == 0
-    if not t.config.data.heldout or not (evaluates or paints):
+    evaluates, paints = _due(t, step, last=last)
+    if not (evaluates or paints):
         return
     averaged = t.engine.ema.swapped_in() if t.engine.ema is not None else contextlib.nullcontext()
     with averaged, t.system.conducting() as conducts:
@@ -216,6 +225,29 @@ def _evaluate(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) ->
             screen.say(f"step {step}  " + t.watch.evaluate(t.system, t.run, step, last=last))
         if paints:
             t.watch.paint(t.system, t.run, step)
+
+
+def _due(t: Trainer, step: int, *, last: bool) -> tuple[bool, bool]:
+    """Whether held-out losses, and whether grids, are due after a step."""
+    train, any_heldout = t.config.train, bool(t.config.data.heldout)
+    evaluates, paints = (
+        last or step % every == 0 for every in (train.eval_every_steps, train.sample_every_steps)
+    )
+    return any_heldout and evaluates, any_heldout and paints
+
+
+def _was_cut_off(t: Trainer) -> bool:
+    """Whether the run ended between the checkpoint that it goes on from and that step's evaluation; all ranks
+    call."""
+
+    def look() -> bool:
+        step = t.first_step
+        evaluates, paints = _due(t, step, last=step == t.config.train.steps)
+        return step > 0 and (
+            (evaluates and not t.run.evaluated(step)) or (paints and not t.run.painted(step))
+        )
+
+    return on_rank_0(t.mesh, look)
 
 
 def _save(t: Trainer, step: int, screen: TrainingProgress, *, last: bool) -> None:

@@ -133,4 +133,4 @@ class Watch:
         )
         if run.writes:
             sheet = image_grid(pictures, GRID_IMAGES, self.prompts, cell_px=96)
-            save_png(sheet, run.dir / f"samples/step_{step:06d}_text.png")
+            save_png(sheet, run.grid_path(step))

@@ -22,6 +22,23 @@ def test_the_newest_launch_holds_the_lease_and_the_older_one_learns_who_does(tmp
     assert [p.name for p in tmp_path.iterdir()] == [LEASE_FILE]
 
 
+def test_a_superseded_launch_that_torchrun_restarts_does_not_take_the_lease_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    Lease(tmp_path, writes=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    mine = Lease(tmp_path, writes=True)  # its own restart
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    heir = Lease(tmp_path, writes=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    with pytest.raises(Superseded, match="has taken over"):
+        Lease(tmp_path, writes=True)
+    heir.check()
+    with pytest.raises(Superseded):
+        mine.check()
+
+
 def test_ranks_that_write_nothing_hold_no_lease_and_never_lose_it(tmp_path):
     Lease(tmp_path, writes=False).check()
     assert not list(tmp_path.iterdir())

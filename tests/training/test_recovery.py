@@ -1,5 +1,6 @@
 """Going on from the newest checkpoint that can be read."""
 
+import errno
 import json
 import os
 import shutil
@@ -71,6 +72,35 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(mesh: Mesh,
     ):
         resume(tmp_path, engine, config(), mesh)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged_step_00000001", "damaged_step_00000002"]
+    with pytest.raises(
+        DamagedCheckpoint, match="damaged_step_00000001, damaged_step_00000002 were set aside"
+    ):
+        resume(tmp_path, engine, config(), mesh)  # as torchrun does at once
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read now.*Try again once the disk answers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    ],
+)
+def test_a_checkpoint_keeps_its_name_where_the_machine_is_at_fault(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    engine = make(config(), mesh)
+    for step in (1, 2):
+        save(tmp_path, step, engine, config(), {}, keep_last=2, mesh=mesh)
+
+    def load(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(sharded.dist_checkpointing, "load", load)
+    with pytest.raises((CheckpointError, RuntimeError), match=said) as caught:
+        resume(tmp_path, engine, config(), mesh)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_a_checkpoint_that_a_dying_launch_prunes_under_the_reader_is_no_damage(

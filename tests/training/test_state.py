@@ -66,6 +66,8 @@ def test_a_newer_version_s_fields_are_passed_over_and_garbage_is_named(tmp_path)
         path.write_text(garbage)
         with pytest.raises(ValueError, match="is not the state of a run"):
             read_state(tmp_path)
+        StateFile(tmp_path, 0, None, writes=True)  # as a crash leaves it: the next launch writes over it
+        assert read_state(tmp_path).restarts == 0
 
 
 @pytest.mark.parametrize(

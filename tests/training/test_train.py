@@ -15,11 +15,13 @@ import torch
 from iomm.checkpoint import sharded
 from iomm.checkpoint.generator import open_generator
 from iomm.data.errors import BadSampleReport
+from iomm.evaluation.runlog import read_run
 from iomm.presets import b, large, xl
 from iomm.system import System
 from iomm.training import notes
 from iomm.training.train import train
 from iomm.training.trainer import TrainingAborted
+from iomm.training.watch import Watch
 from tests.small_run import draw_png, events, losses, small_config, write_images, write_shard
 
 
@@ -44,7 +46,8 @@ def test_a_run_leaves_curves_grids_checkpoints_and_its_description(finished):
         "step_000012_by_mask_ratio.png",
         "step_000012_text.png",
     }
-    assert [p.name for p in (run / "reconstruction").iterdir()] == ["step_00000012.json"]
+    [curve] = (run / "reconstruction").iterdir()
+    assert curve.name.startswith("step_00000012-")
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step_{n:08d}" for n in (4, 8, 12)]
     described = json.loads((run / "run.json").read_text())
     assert described["config"] == json.loads(json.dumps(finished.to_dict()))
@@ -74,6 +77,33 @@ def test_a_run_can_be_stopped_and_resumed_without_a_trace(finished, world, tmp_p
         again, straight = weights(config.run_dir, ema=ema), weights(finished.run_dir, ema=ema)
         assert all(torch.equal(again[name], straight[name]) for name in straight)
     assert [e["step"] for e in events(config.run_dir, "resume")] == [8]
+
+
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(finished, world, tmp_path, monkeypatch):
+    config, real = small_config(world, tmp_path, data__mix_ratio=0.5), Watch.evaluate
+
+    def fail_at_12(watch, system, run, step, *, last):
+        if step == 12:
+            raise RuntimeError("out of memory beside the training state")
+        return real(watch, system, run, step, last=last)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="beside the training state"):
+        patch.setattr(Watch, "evaluate", fail_at_12)
+        train(config)
+    assert sharded.find(config.run_dir).name == "step_00000012"
+    train(config)
+    again, straight = (read_run(one.run_dir).evals for one in (config, finished))
+    assert [record["step"] for record in again] == [6, 12]
+    assert [record["velocity_loss"] for record in again] == [record["velocity_loss"] for record in straight]
+
+
+def test_settings_that_a_run_goes_on_with_otherwise_are_noted(world, tmp_path):
+    train(small_config(world, tmp_path, train__steps=4))
+    config = small_config(world, tmp_path, train__steps=5, optimizer__lr=1e-5)
+    train(config)
+    (event,) = events(config.run_dir, "settings_changed")
+    assert event["step"] == 4 and "train.steps: 4, now 5" in event["detail"]
+    assert len(event["detail"]) == 2 and "now 1e-05" in " ".join(event["detail"])
 
 
 def test_a_finished_run_is_not_trained_again(finished):

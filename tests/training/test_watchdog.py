@@ -109,13 +109,12 @@ def test_a_wait_for_samples_is_said_once_a_step_with_the_shard_that_is_read(phas
 
 
 def test_progress_keeps_the_watchdog_quiet_and_zero_turns_it_off(phases, tmp_path):
-    log = tmp_path / "log"
-    with (
-        watchdog(phases, log, timeout_s=60.0, stall_s=60.0, end=lambda _: pytest.fail("it ended")),
-        phases("step"),
-    ):
-        pass
-    assert log.read_text() == ""
+    log, end = tmp_path / "log", Ending()
+    with watchdog(phases, log, timeout_s=1.0, stall_s=60.0, end=end), phases("step"):
+        for _ in range(40):  # for twice the limit
+            time.sleep(0.05)
+            phases.alive()
+    assert log.read_text() == "" and not end.reached.is_set()
     stand_still(phases, "step", 1)
     with watchdog(phases, tmp_path / "none", end=lambda _: pytest.fail("it ended")):
         pass

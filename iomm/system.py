@@ -104,6 +104,9 @@ class System(nn.Module):
         if self.shares_encoders and self.conditioner is not None:
             for parameter in self.conditioner.parameters():
                 parameter.shared_by_all = True  # type: ignore[attr-defined]
+        elif mesh.tp_size > 1 and self.conditioner is not None:
+            for parameter in self.conditioner.parameters():
+                parameter.copied_over_tp = True  # type: ignore[attr-defined]
         self._relay = Relay(mesh, dtype) if mesh.pp_size > 1 else None
         self._chunks = [Chunked(chunk, self) for chunk in self.stages]
         self._fp8 = fp8_region(config.fp8, self.backend_config, mesh)

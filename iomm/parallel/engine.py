@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iomm.config import OptimizerConfig, ParallelConfig, TrainConfig
@@ -66,7 +68,8 @@ class Engine:
         module: what this rank holds. `module.chunks` are its pipeline chunks, each with parameters of
             `module`; `module.shared`, if there, is trained outside the pipeline and the same on all ranks:
             its parameters carry `shared_by_all = True`. A module without `chunks` is one chunk. Parameters
-            with `requires_grad=False` are left alone. Moved to the mesh's device.
+            with `copied_over_tp = True` are trained by each tensor-parallel rank for itself, on the same
+            work; those with `requires_grad=False` are left alone. Moved to the mesh's device.
         transformer_config: the one its layers were made with.
         optimizer: AdamW or Muon, learning rates, clipping, EMA. Biases and other vectors get no weight decay.
         train: number of steps and precision.
@@ -106,6 +109,7 @@ class Engine:
         shared: nn.Module | None = getattr(module, "shared", None)
         if shared is not None and any(p.requires_grad for p in shared.parameters()):
             self._shared = wrap.shared(shared)
+        self._copies = [p for p in names if getattr(p, "copied_over_tp", False)]
         self._set_hooks(transformer_config)
         self._optimizer = Optimizer(
             self.pipeline.models, self._shared, names, optimizer, train, parallel, mesh
@@ -191,6 +195,19 @@ class Engine:
         """What the schedule calls when this rank's last backward pass is done."""
         with self.while_summing():
             finalize_model_grads(*args, **settings)
+            self._average_copies()
+
+    def _average_copies(self) -> None:
+        """The same gradient for all copies of a weight: a kernel that sums in any order, as attention's
+        backward on a GPU, gives each its own last bits, and they would walk apart."""
+        if not self._copies:
+            return
+        grads = [weight.main_grad for weight in self._copies]  # type: ignore[attr-defined]
+        mean = _flatten_dense_tensors(grads)
+        dist.all_reduce(mean, group=self.mesh.groups.tp)
+        mean /= self.mesh.tp_size
+        for grad, same in zip(grads, _unflatten_dense_tensors(mean, grads), strict=True):
+            grad.copy_(same)
 
     def _reduce_shared(self) -> None:
         """Sum the shared part's gradients over the world. They are of the mean loss of one data-parallel rank

@@ -1,7 +1,8 @@
 """Writing checkpoints: while the training waits, or beside it.
 
 All or nothing. Everything goes into a temporary folder; `checkpoint.json` is written last; one rename makes
-it a checkpoint. Whatever fails before leaves the older ones as they were, and all ranks raise together.
+it a checkpoint. Whatever fails before leaves the older ones as they were, and all ranks raise together; only
+where one fails amid Megatron's own messages (its table of contents cannot be written), that rank ends.
 
     save    plan with all ranks, copy this rank's tensors to host memory                     the step waits
     write   this rank's file, by a thread of its own                                         training goes on
@@ -50,9 +51,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 # Held back on disk while the shards are written, so that the small files after them always fit: were rank 0
-# to fail there, the other ranks would wait for it in Megatron.
-_RESERVE, _RESERVE_BYTES = ".reserve", 8 << 20
+# to fail there, the other ranks would wait for it in Megatron. The table of contents grows with the ranks.
+_RESERVE, _RESERVE_BYTES = ".reserve", 8 << 20  # at least
+_RESERVE_ONE_IN = 1000  # of the bytes of all shards
 WAIT_S = 1.0  # between two looks at a writer
+
+
+class RankOutOfStep(RuntimeError):
+    """A save failed on this rank while the others wait for it in Megatron: only an end of all ranks helps."""
 
 
 @final
@@ -125,6 +131,7 @@ class Saver:
 
         Raises:
             CheckpointError: some rank could not write its part; the older checkpoints are untouched.
+            RankOutOfStep: this rank failed where the others wait for it.
             Superseded: another launch has taken over the run.
         """
         if self._pending is None or self._mesh.any_rank(self._pending.busy):
@@ -256,14 +263,29 @@ class _Save:
             if self._written:
                 self._request.async_fn_args[2].put(self._written)
             on_rank_0(self._mesh, lambda: (self._temporary / _RESERVE).unlink())
-            with quiet():
-                for finalize in self._request.finalize_fns:
-                    finalize()
+            self._finalize()
             on_rank_0(self._mesh, lambda: write_info(self._temporary, self._info))
             on_rank_0(self._mesh, lambda: self._publish(final))
+        except RankOutOfStep:
+            raise
         except Exception as error:  # whatever it was, the last checkpoint is as it was
             self._give_up(error)
         return final
+
+    def _finalize(self) -> None:
+        """Megatron's own end of a save, in which its ranks talk to each other."""
+        try:
+            with quiet():
+                for finalize in self._request.finalize_fns:
+                    finalize()
+        except Exception as error:
+            if self._mesh.world_size == 1:
+                raise
+            raise RankOutOfStep(
+                f"rank {self._mesh.rank} cannot finish the checkpoint in {self._temporary}, and the other "
+                f"ranks wait for it: {type(error).__name__}: {error}. Older checkpoints are untouched; the "
+                "launcher starts all ranks again, from the newest."
+            ) from error
 
     def _publish(self, final: Path) -> None:
         self._check()
@@ -273,11 +295,12 @@ class _Save:
         self._check()
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self._folder)
-        if shutil.disk_usage(self._folder).free < self._needed + _RESERVE_BYTES:
+        reserve = max(_RESERVE_BYTES, self._needed // _RESERVE_ONE_IN)
+        if shutil.disk_usage(self._folder).free < self._needed + reserve:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._temporary.mkdir()
         with open(self._temporary / _RESERVE, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+            os.posix_fallocate(file.fileno(), 0, reserve)
 
     def _give_up(self, error: Exception) -> NoReturn:
         if self._mesh.rank == 0:

@@ -15,7 +15,7 @@ import torch
 
 from iomm.checkpoint import saver
 from iomm.checkpoint.folder import CheckpointError, latest, read_info
-from iomm.checkpoint.saver import Saver, save
+from iomm.checkpoint.saver import RankOutOfStep, Saver, _Save, save
 from iomm.checkpoint.sharded import load
 from iomm.parallel.mesh import Mesh
 from tests.checkpoint.small_engine import config, everything, make, precise, train
@@ -267,3 +267,23 @@ def test_what_goes_wrong_on_one_rank_is_said_by_all_and_nothing_is_lost(
     torchrun: Callable[..., str], tmp_path: Path
 ) -> None:
     torchrun(Path(__file__).parent / "ranks_saver.py", tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "error"), [(1, CheckpointError), (2, RankOutOfStep)])
+def test_a_rank_that_fails_amid_megatrons_messages_ends_instead_of_going_on_out_of_step(
+    tmp_path, ranks, error
+):
+    mesh: Any = SimpleNamespace(
+        rank=0, world_size=ranks, gather_objects=lambda mine: [mine], broadcast_object=lambda value: value
+    )
+    temporary = tmp_path / ".tmp_1_step_00000001"
+    temporary.mkdir()
+    (temporary / ".reserve").touch()
+    pending = _Save(temporary, {"step": 1}, 0, mesh, lambda: None)
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    pending._request = SimpleNamespace(finalize_fns=[fail])
+    with pytest.raises(error, match="Input/output error.*Older checkpoints are untouched"):
+        pending.complete()

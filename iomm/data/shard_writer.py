@@ -20,7 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from iomm.data import stores
@@ -271,15 +271,9 @@ def _numbered(key: str) -> Iterator[str]:
 def _job(sources: Sequence[Source], options: MakeOptions) -> dict[str, object]:
     """What must not change between the runs of one make."""
     return {
-        "sources": [[source.path, source.fingerprint(), _settings(source)] for source in sources],
+        "sources": [[source.path, source.fingerprint()] for source in sources],
         "options": {k: v for k, v in asdict(options).items() if k != "processes"},
     }
-
-
-def _settings(source: Source) -> dict[str, object]:
-    """What a source was told about its files: caption fields, columns."""
-    assert is_dataclass(source)
-    return {f.name: getattr(source, f.name) for f in fields(source) if f.name not in ("path", "limits")}
 
 
 def _begun(folder: Path, job: dict[str, object]) -> Progress:

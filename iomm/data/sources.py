@@ -33,12 +33,20 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the order or number of what `items` hands out may have changed."""
+        """Changes when what `items` hands out, its order or its number may have changed."""
         ...
 
     def items(self, start: int = 0) -> Iterator[Item | Rejected]:
         """Everything in the source but the first `start` entries."""
         ...
+
+
+_USUAL = {"image_column": "image", "caption_field": "caption", "caption_column": "caption"}
+
+
+def _told(**names: str) -> str:
+    """Of the fields and columns that a source was told to read, those that are not the usual ones."""
+    return "".join(f", {kind} {name}" for kind, name in names.items() if name != _USUAL[kind])
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class FolderSource:
         for folder, names in self._folders():
             for name in names:
                 crc, count = zlib.crc32(os.fsencode(os.path.join(folder, name)) + b"\0", crc), count + 1
-        return f"folder of {count} files, names {crc:08x}"
+        return f"folder of {count} files, names {crc:08x}{_told(caption_field=self.caption_field)}"
 
     def items(self, start: int = 0) -> Iterator[Item | Rejected]:
         return itertools.islice(self._items(), start, None)
@@ -103,7 +111,7 @@ class TarSource:
     caption_field: str = "caption"
 
     def fingerprint(self) -> str:
-        return str(stores.stamp(self.path))
+        return f"{stores.stamp(self.path)}{_told(caption_field=self.caption_field)}"
 
     def items(self, start: int = 0) -> Iterator[Item | Rejected]:
         return itertools.islice(self._items(), start, None)
@@ -169,7 +177,8 @@ class ParquetSource:
     caption_column: str = "caption"
 
     def fingerprint(self) -> str:
-        return str(stores.stamp(self.path))
+        told = _told(image_column=self.image_column, caption_column=self.caption_column)
+        return f"{stores.stamp(self.path)}{told}"
 
     def items(self, start: int = 0) -> Iterator[Item | Rejected]:
         try:

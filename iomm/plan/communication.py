@@ -64,8 +64,8 @@ def tensor_parallel(work: Workload, cluster: Cluster, blocks: int, micro_batches
 
 
 def pipeline(work: Workload, cluster: Cluster, replicas: int, micro_batches: int) -> Transfer:
-    """Packed activations to the next stage and their gradients back. Interleaved chunks send while they
-    compute."""
+    """Packed activations to the next stage and their gradients back. Nothing hides them: with shapes that
+    may change from step to step (`variable_seq_lengths`) Megatron waits for each message."""
     parallel, config, size = work.config.parallel, work.config.generator, work.config.train.micro_batch_images
     rows = (1 + work.image_tokens + work.condition_tokens(size)) * size
     packed = rows * config.hidden_size * work.element_bytes
@@ -75,7 +75,6 @@ def pipeline(work: Workload, cluster: Cluster, replicas: int, micro_batches: int
         name="pipeline: activations and their gradients",
         bytes=total,
         seconds=total / bus(cluster, 2, parallel.tp * replicas),
-        hidden_behind="other chunks" if parallel.virtual_stages > 1 else None,
     )
 
 

@@ -62,14 +62,32 @@ def block_activations(work: Workload, micro_batch: int) -> list[float]:
     if config.family == "z_image":
         rows = (padded(work.image_tokens) + padded(tokens)) * micro_batch
     unit = rows * config.hidden_size * work.element_bytes
-    kinds = _kinds(config, work.fused)
+    return [unit * _kept(kind, config, parallel) for kind in _kinds(config, work.fused)]
+
+
+def refiner_activations(work: Workload, micro_batch: int) -> float:
+    """Bytes that Z-Image's refiners, which belong to the first chunk, keep of one micro-batch: noise refiners
+    of the image's rows, context refiners of the condition's."""
+    config, parallel = work.config.generator, work.config.parallel
+    if config.refiner_blocks == 0:
+        return 0.0
+    share = mlp_width(config.hidden_size) / config.hidden_size
+    streams = (
+        (padded(work.image_tokens), True),
+        (padded(math.ceil(work.condition_tokens(micro_batch))), False),
+    )
+    passes = sum(
+        tokens * _kept(z_image_block(share, modulated=modulated), config, parallel)
+        for tokens, modulated in streams
+    )
+    return config.refiner_blocks * micro_batch * config.hidden_size * work.element_bytes * passes
+
+
+def _kept(kind: Saved, config: GeneratorConfig, parallel: ParallelConfig) -> float:
+    """Passes that a block keeps on a rank, with what is recomputed left out."""
     if parallel.recompute == "full":
-        kept = [1.0 / (parallel.tp if parallel.sequence_parallel else 1)] * len(kinds)
-    elif parallel.recompute == "selective":
-        kept = [_selective(config).passes(parallel)] * len(kinds)
-    else:
-        kept = [kind.passes(parallel) for kind in kinds]
-    return [unit * passes for passes in kept]
+        return 1.0 / (parallel.tp if parallel.sequence_parallel else 1)
+    return (_selective(config) if parallel.recompute == "selective" else kind).passes(parallel)
 
 
 def _kinds(config: GeneratorConfig, fused: bool) -> list[Saved]:
@@ -169,6 +187,7 @@ def rank_memory(
     of_block = block_activations(work, size)
     held = in_flight(parallel, stage, micro_batches)
     blocks = sum(of_block[i] for chunk in chunks for i in chunk.blocks)
+    blocks += refiner_activations(work, size) if first else 0.0
     unit = (work.image_tokens + work.condition_tokens(size)) * size * config.generator.hidden_size
     recomputed = _full_block(work, size) if parallel.recompute != "none" else 0.0
     backward = 10.0 * unit * work.element_bytes / parallel.tp + recomputed

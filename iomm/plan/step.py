@@ -260,7 +260,7 @@ def _optimizer(
     flops = 0.0
     if config.optimizer.kind == "muon":
         steps = config.optimizer.muon_newton_schulz_steps
-        flops = sum(newton_schulz_flops(w, config.parallel.tp, steps) for w in here.values()) / spread
+        flops = sum(newton_schulz_flops(w, steps) for w in here.values()) / spread
     return seconds_of(cluster.gpu, efficiency, gemm=flops, moved=numbers * (16 + step / spread))
 
 
@@ -277,6 +277,8 @@ def _transfers(
     found: list[Transfer] = []
     if parallel.tp > 1:
         blocks = sum(len(chunk.blocks) for chunk in chunks)
+        # A noise and a context refiner together see the tokens of one block.
+        blocks += work.config.generator.refiner_blocks if any(chunk.first for chunk in chunks) else 0
         found.append(communication.tensor_parallel(work, cluster, blocks, micro_batches))
     if parallel.pp > 1:
         found.append(communication.pipeline(work, cluster, replicas, micro_batches))
@@ -294,6 +296,4 @@ def _transfers(
 def _waited(transfer: Transfer, backward_seconds: float) -> float:
     if transfer.hidden_behind is None:
         return transfer.seconds
-    if transfer.hidden_behind.startswith("backward"):
-        return max(0.0, transfer.seconds - backward_seconds)
-    return 0.0
+    return max(0.0, transfer.seconds - backward_seconds)

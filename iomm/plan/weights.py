@@ -7,7 +7,7 @@ built on the meta device).
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from iomm.config import ConditionConfig, Config, GeneratorConfig
@@ -27,6 +27,7 @@ class Weight:
 
     shape: Shape
     trained: bool = True
+    split: tuple[int, int] = field(default=(1, 1), compare=False)  # over how many ranks, a matrix's each side
 
     @property
     def numbers(self) -> int:
@@ -80,7 +81,7 @@ def _linear(
     trained: bool = True,
 ) -> Weights:
     """A linear; `column`, `row`: over how many ranks its outputs or inputs are split."""
-    found = {f"{name}.weight": Weight((outputs // column, inputs // row), trained)}
+    found = {f"{name}.weight": Weight((outputs // column, inputs // row), trained, (column, row))}
     return found | ({f"{name}.bias": Weight((outputs // column,), trained)} if bias else {})
 
 
@@ -212,17 +213,16 @@ def is_hidden_matrix(name: str, weight: Weight) -> bool:
     return len(weight.shape) == 2 and not any(fnmatchcase(name, pattern) for pattern in ADAMW)
 
 
-def newton_schulz_flops(weights: Mapping[str, Weight], tp: int, steps: int) -> float:
+def newton_schulz_flops(weights: Mapping[str, Weight], steps: int) -> float:
     """What Muon's orthogonalisation costs: of X (m <= n), each step X X^T, its square and a product,
     4 m^2 n + 2 m^3. Split matrices are gathered first; a fused query-key-value matrix is three."""
     total = 0.0
     for name, weight in weights.items():
         if weight.trained and is_hidden_matrix(name, weight):
-            short, long = sorted(weight.shape)
+            rows, columns = (side * ranks for side, ranks in zip(weight.shape, weight.split, strict=True))
             parts = 3 if name.endswith("qkv.weight") else 1
-            whole = short * long * tp // parts
-            m = min(short, whole // short)
-            total += parts * steps * (4.0 * m * whole + 2.0 * m**3)
+            m, n = sorted((rows // parts, columns))
+            total += parts * steps * (4.0 * m**2 * n + 2.0 * m**3)
     return total
 
 

@@ -1,5 +1,6 @@
 """Saved activations against what autograd saves of real blocks, and the rest of a rank's memory."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iomm.config import GeneratorConfig, ParallelConfig
 from iomm.model.blocks_flux import DoubleBlock, SingleBlock
 from iomm.model.blocks_z_image import Block, mlp_width
+from iomm.model.padding import padded
 from iomm.model.recompute import KEPT_OPERATORS
 from iomm.model.rope import Rope, rope
 from iomm.parallel.backend import Layers, transformer_config
@@ -19,6 +21,7 @@ from iomm.plan.memory import Saved, in_flight, rank_memory
 from iomm.plan.shapes import LmShape
 from iomm.plan.step import stages_of
 from iomm.plan.workload import varied
+from tests.plan import small_plans
 from tests.plan.encoders import lm_of
 from tests.plan.small_plans import small_work
 
@@ -218,6 +221,23 @@ def test_the_distributed_optimizer_spreads_state_and_average_over_the_replicas()
     one, eight = rank_memory(whole, 0, chunks, 8, 1), rank_memory(work, 0, chunks, 8, 1)
     assert eight.optimizer == pytest.approx(one.optimizer / 8) and eight.ema == pytest.approx(one.ema / 8)
     assert eight.weights == one.weights and eight.gradients == one.gradients
+
+
+def test_z_images_refiners_are_the_first_stages():
+    work = small_work(small_plans.Z_IMAGE, ParallelConfig(pp=2))
+    (first, *_), (last, *_) = stages_of(work)
+    bare = small_work(replace(small_plans.Z_IMAGE, refiner_blocks=0), ParallelConfig(pp=2))
+    size, width = 4, small_plans.Z_IMAGE.hidden_size
+    of_blocks = sum(memory.block_activations(work, size)[i] for i in first.blocks)
+    rows = padded(64) + padded(math.ceil(work.condition_tokens(size)))
+    least = passes(memory.z_image_block(mlp_width(width) / width, modulated=False))
+    most = passes(memory.z_image_block(mlp_width(width) / width, modulated=True))
+    refiners = rank_memory(work, 0, (first,), 1, 1).activations - of_blocks
+    unit = size * width * work.element_bytes * rows
+    assert unit * least < refiners < unit * most
+    assert rank_memory(work, 1, (last,), 1, 1).activations == sum(
+        memory.block_activations(bare, size)[i] for i in last.blocks
+    )
 
 
 def test_the_autoencoders_workspace_goes_with_the_cache():

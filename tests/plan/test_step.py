@@ -83,6 +83,9 @@ def test_groups_in_a_node_use_nvlink_and_others_their_network_cards():
 
 
 def test_newton_schulz_counts_the_whole_matrix_of_split_ones():
-    half = {"generator.double_blocks.0.image.mlp.first.weight": Weight((32, 16))}
+    half = {"generator.double_blocks.0.image.mlp.first.weight": Weight((32, 16), True, (2, 1))}
     whole = {"generator.double_blocks.0.image.mlp.first.weight": Weight((64, 16))}
-    assert newton_schulz_flops(half, 2, 5) == newton_schulz_flops(whole, 1, 5) > 0
+    assert newton_schulz_flops(half, 5) == newton_schulz_flops(whole, 5) > 0
+    name = "generator.double_blocks.0.image.attention_out.weight"
+    short_side = {name: Weight((16, 8), True, (1, 2))}
+    assert newton_schulz_flops(short_side, 5) == newton_schulz_flops({name: Weight((16, 16))}, 5)

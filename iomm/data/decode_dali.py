@@ -4,8 +4,9 @@ B = files of a call, C = 3 channels (red, green, blue), H and W the view's heigh
 
 DALI only decodes: which files, and which part of each, is decided here, so that order, resume and crops are
 those of the CPU path. It is given plain JPEGs (gray or three components) whose header was read and found
-sound; PNG, WebP and CMYK JPEG go the CPU path. An image that DALI fails on would end its pipeline: the call's
-files then are decoded one by one on the CPU, where the bad ones are found, and the pipeline is built anew.
+sound; PNG, WebP and CMYK JPEG go the CPU path. An image that DALI fails on ends its pipeline, which is built
+anew: the call's files go through it one by one, and only those that fail alone are decoded on the CPU. So a
+file's pixels do not depend on its neighbours.
 
 The pixels differ from the CPU path's by rounding, and by the reduced decode of images at least twice the
 view's size, which DALI decodes in full. DALI takes some damaged files that the CPU path refuses.
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 class DaliDecoder:
     """A `Decoder` of whole batches. Calls from several threads take turns.
 
-    `rescued` counts the calls that DALI failed on.
+    `rescued` counts the files that DALI failed on.
     """
 
     whole_batches = True
@@ -79,16 +80,30 @@ class DaliDecoder:
         self, files: Sequence[bytes], views: Sequence[View], headers: Sequence[Header]
     ) -> Sequence[Tensor | BadSample]:
         with self._lock:
-            try:
-                if self._pipeline is None or self._pipeline.files < len(files):
-                    self._pipeline = _Pipeline(len(files), self._threads, self._device_id)
-                return self._pipeline.run(files, views, headers)
-            except RuntimeError as error:
-                self._pipeline = None
-                self.rescued += 1
-                first = str(error).strip().splitlines()[0]
-                _log.warning("DALI failed on a call of %d files (%s): decoded on the CPU", len(files), first)
-        return self._cpu.decode(files, views)
+            decoded = self._run(files, views, headers)
+            if decoded is not None:
+                return decoded
+            alone = [([f], [v], [h]) for f, v, h in zip(files, views, headers, strict=True)]
+            found = [self._run(*one) if len(files) > 1 else None for one in alone]
+            self.rescued += found.count(None)
+        return [
+            one[0] if one is not None else self._cpu.decode([file], [view])[0]
+            for one, file, view in zip(found, files, views, strict=True)
+        ]
+
+    def _run(
+        self, files: Sequence[bytes], views: Sequence[View], headers: Sequence[Header]
+    ) -> Sequence[Tensor] | None:
+        """One call of DALI; None if it failed, which ends the pipeline."""
+        try:
+            if self._pipeline is None or self._pipeline.files < len(files):
+                self._pipeline = _Pipeline(len(files), self._threads, self._device_id)
+            return self._pipeline.run(files, views, headers)
+        except RuntimeError as error:
+            self._pipeline = None
+            first = (str(error).strip().splitlines() or [repr(error)])[0]
+            _log.warning("DALI failed on a call of %d files: %s", len(files), first)
+            return None
 
     def _place(self, result: Tensor | BadSample) -> Tensor | BadSample:
         if isinstance(result, BadSample) or self._device_id is None:

@@ -48,8 +48,12 @@ def check_finite(t: Trainer, step: int, result: StepResult, batch: Dealt) -> Non
 
 
 def log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object]) -> None:
-    """A line of metrics, the run's state and the Prometheus file."""
+    """A line of metrics, the run's state and the Prometheus file; all ranks call."""
     finite = not result.skipped
+    # Tensor-parallel ranks that do not share the encoders pack the same prefixes: one of them counts.
+    counts = t.encoders is not None and (t.config.parallel.encoders == "shared" or t.mesh.tp_rank == 0)
+    dropped = int(t.encoders.prefixes.dropped) if t.encoders is not None and counts else 0
+    of_ranks = t.mesh.gather_objects((dropped, t.loader.rescued))
     t.state.update(step)
     t.run.log(
         "train",
@@ -58,8 +62,8 @@ def log(t: Trainer, step: int, result: StepResult, throughput: dict[str, object]
         grad_norm=result.grad_norm if finite else None,
         lr=result.lr,
         skipped=t.bad_in_a_row,
-        dropped_tokens=int(t.encoders.prefixes.dropped) if t.encoders is not None else 0,
-        rescued_decodes=t.loader.rescued,
+        dropped_tokens=sum(tokens for tokens, _ in of_ranks),
+        rescued_decodes=sum(files for _, files in of_ranks),
         **throughput,
     )
     t.figures.write()

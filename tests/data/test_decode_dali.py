@@ -89,6 +89,8 @@ def test_a_file_that_dali_fails_on_costs_only_itself_and_the_next_call_uses_dali
     torn = good[: len(good) * 2 // 3]
     results = decoder.decode([good, torn, good], [SQUARE] * 3)
     assert [isinstance(result, BadSample) for result in results] == [False, True, False]
+    alone = pixels(DaliDecoder(None, threads=1).decode([good], [SQUARE]))[0]
+    assert all(torch.equal(pixels([results[n]])[0], alone) for n in (0, 2))  # not the CPU's reduced decode
     assert decoder.rescued == 1
     assert "DALI failed on a call of 3 files" in caplog.text
     pixels(decoder.decode([good, good], [SQUARE] * 2))

@@ -4,7 +4,7 @@ When a node is lost, its tasks may live on without anybody knowing: a ghost. The
 takes the lease, which is a number of its own in RUN/lease.json, and before the ghost writes anything that
 lasts it looks there, finds another number and ends. So the newest launch always wins, and needs nobody's
 consent. A launcher that starts the ranks of a superseded launch again does not win: torchrun's restarts keep
-the launch's id, and may not take the lease from another launch.
+the launch's name, and one that has held the lease before may not take it from another launch.
 
 Between a ghost's last look and its rename of a checkpoint there is a gap of milliseconds. What may come
 through is a whole checkpoint of the same run; its temporary folder is removed by the new launch, so a torn
@@ -22,6 +22,7 @@ from typing import Any, final
 from iomm.files import write_whole
 
 LEASE_FILE = "lease.json"
+_REMEMBERED = 50  # launches that held the lease
 
 
 class Superseded(RuntimeError):
@@ -45,13 +46,15 @@ class Lease:
         self._id = uuid.uuid4().hex if writes else None
         if not writes:
             return
-        launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            self._refuse_restart(launch)
+        launch, before = _launch(), self._launches()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        # It held the lease, and then another launch took it.
+        if restarted and launch is not None and launch in before[:-1]:
+            raise Superseded(_taken(self._path, json.loads(self._path.read_text(encoding="utf-8"))))
         taken = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         lease = {
             "id": self._id,
-            "launch": launch,
+            "launches": [*(name for name in before if name != launch), launch][-_REMEMBERED:],
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "taken": taken,
@@ -59,14 +62,13 @@ class Lease:
         part = self._path.with_name(f"{LEASE_FILE}.{self._id}.part")  # two launches may start at once
         write_whole(self._path, json.dumps(lease, indent=1) + "\n", part=part)
 
-    def _refuse_restart(self, launch: str | None) -> None:
+    def _launches(self) -> list[str | None]:
+        """Who has held the lease, the last one last; nobody is known where the file is torn or another
+        version's."""
         try:
-            holder = json.loads(self._path.read_text(encoding="utf-8"))
-            other = holder["launch"]
+            return list(json.loads(self._path.read_text(encoding="utf-8"))["launches"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return  # nobody's: an earlier version's, or torn
-        if other != launch:
-            raise Superseded(_taken(self._path, holder))
+            return []
 
     def check(self) -> None:
         """Call before each write that lasts. The file is opened anew, which makes NFS ask its server.
@@ -86,6 +88,13 @@ class Lease:
             ) from error
         if not held:
             raise Superseded(_taken(self._path, holder))
+
+
+def _launch() -> str | None:
+    """torchrun's name of this launch, the same over its restarts; None without torchrun, or without a name of
+    its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
 def _taken(path: Path, holder: dict[str, Any]) -> str:

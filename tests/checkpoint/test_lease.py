@@ -37,6 +37,8 @@ def test_a_superseded_launch_that_torchrun_restarts_does_not_take_the_lease_back
     heir.check()
     with pytest.raises(Superseded):
         mine.check()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 3")  # its first try failed before it took the lease
+    Lease(tmp_path, writes=True).check()
 
 
 def test_ranks_that_write_nothing_hold_no_lease_and_never_lose_it(tmp_path):

@@ -124,7 +124,7 @@ def generate(
             "sha256": digest(prompts),
             "painted": "original" if arguments.rewritten is None else "rewritten",
             "rewritten_sha256": None if arguments.rewritten is None else digest(arguments.rewritten),
-            "originals_sha256": originals_digest(items, arguments.originals) if edits else None,
+            **({"originals_sha256": originals_digest(items, arguments.originals)} if edits else {}),
         },
         "sampling": asdict(how),
         "iomm": iomm.__version__,

@@ -157,10 +157,8 @@ def _loop(t: Trainer, stop: StopSignal, screen: TrainingProgress) -> Outcome:
             screen.update(step, result.loss, throughput)
             stopped = t.mesh.largest(stop.number)  # all ranks stop, also those that no signal reached
         last = bool(stopped) or step == settings.steps
-        with (
-            watch.pause(),
-            phase("save"),
-        ):  # first: nothing that an evaluation does may cost the steps before it
+        # First: nothing that an evaluation does may cost the steps before it.
+        with watch.pause(), phase("save"):
             _saving(t, step, screen, t.saver.poll, last=False)
             if last or step % settings.save_every_steps == 0:
                 _save(t, step, screen, last=last)

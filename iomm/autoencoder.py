@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import CodecConfig
+from iomm.errors import first_line
 from iomm.flow.path import Grid, patchify, unpatchify
 
 EXAMPLE = "black-forest-labs/FLUX.1-schnell"
@@ -258,7 +259,7 @@ def open_codec(config: CodecConfig, dtype: torch.dtype, device: torch.device) ->
             use_safetensors=True,
         )
     except OSError as error:
-        raise _missing(config, str(error).strip().splitlines()[0].rstrip(".")) from error
+        raise _missing(config, first_line(error)) from error
     return LatentCodec(vae.to(device), config)
 
 

@@ -45,7 +45,8 @@ class Encoded:
 
     batch: Batch
     latent_BLC: Tensor  # clean, normalised: the mean, where the autoencoder gives a distribution
-    patches_BNF: Tensor  # the MLLM's patch tokens, before masking
+    # The MLLM's patch tokens, before masking; zeros where a caption is the condition, None if it always is.
+    patches_BNF: Tensor | None
     grid: Grid  # of the latent tokens
     logvar_BLC: Tensor | None = None  # of the latents, where training draws them (codec.sample)
 
@@ -96,9 +97,11 @@ class Encoders:
         codec, mllm = self.codec, self.mllm
         return Shapes(self.grid, codec.token_px, codec.token_channels, mllm.image_tokens, mllm.width)
 
-    def encode(self, batch: Batch) -> Encoded:
-        """Latents and patch tokens of a batch.
+    def encode(self, batch: Batch, *, captioned_too: bool = False) -> Encoded:
+        """Latents of a batch, and the patch tokens of its samples without caption.
 
+        Args:
+            captioned_too: the patch tokens of all samples.
         Raises:
             ValueError: a caption that is too long or empty; the message names the sample.
         """
@@ -107,12 +110,24 @@ class Encoders:
                 _ = caption is None or self.mllm.tokenize(caption)
             except ValueError as error:
                 raise ValueError(f"sample {key}: {error}") from error
-        moments, patches = self._encode("vae", batch), self._encode("vit", batch)["patches"]
+        moments = self._encode("vae", batch)
+        shown = [row for row, text in enumerate(batch.captions) if captioned_too or text is None]
+        patches_BNF = self._patches_of(batch, shown) if shown else None
         to = {"device": self.codec.device, "dtype": self.codec.dtype}
         logvar_BLC = moments["logvar"].to(**to) if "logvar" in moments else None
         grid = self.codec.grid(*batch.size_px)
-        patches_BNF = patches.to(self.mllm.device, self.mllm.dtype)
         return Encoded(batch, moments["mean"].to(**to), patches_BNF, grid, logvar_BLC)
+
+    def _patches_of(self, batch: Batch, rows: list[int]) -> Tensor:
+        """Patch tokens (B, N, F) of the samples at `rows`; zeros elsewhere."""
+        everything = len(rows) == len(batch.keys)
+        patches = self._encode("vit", batch if everything else batch.take(rows))["patches"]
+        patches = patches.to(self.mllm.device, self.mllm.dtype)
+        if everything:
+            return patches
+        patches_BNF = patches.new_zeros(len(batch.keys), *patches.shape[1:])
+        patches_BNF[rows] = patches
+        return patches_BNF
 
     def _encode(self, encoder: str, batch: Batch, at_once: int = 1) -> Mapping[str, Tensor]:
         """The outputs of one encoder, (B, L, C) each, from its cache as far as they are there."""
@@ -122,24 +137,30 @@ class Encoders:
         keys, image = _keys(batch), batch.image_BCHW
         return self.caches[encoder].get(keys, lambda places: outputs(image[places]), at_once=at_once)
 
-    def lacks(self, content_hash: str, view: View) -> bool:
-        """Whether a cache has not yet what is shown of an image."""
+    def _caches_for(self, *, captioned: bool) -> dict[str, FeatureCache]:
+        """The caches that training reads for a sample."""
+        return {encoder: c for encoder, c in self.caches.items() if encoder != "vit" or not captioned}
+
+    def lacks(self, content_hash: str, view: View, *, captioned: bool) -> bool:
+        """Whether a cache has not yet what training needs of what is shown of an image."""
         key = feature_key(content_hash, view.name)
-        return any(cache.missing([key]) for cache in self.caches.values())
+        return any(cache.missing([key]) for cache in self._caches_for(captioned=captioned).values())
 
     def read_ahead(self, sample: Sample) -> None:
         """Begin to read what the caches have of a sample that will soon be encoded. From any thread."""
-        for cache in self.caches.values():
+        for cache in self._caches_for(captioned=sample.caption is not None).values():
             cache.read_ahead(feature_key(sample.content_hash, sample.view.name))
 
     def keep(self, batch: Batch) -> int:
         """Encode what the caches lack of a batch, all of it together, and keep it; how many images that were.
 
+        Args:
+            batch: with captions, or without.
         Raises:
             OSError: a part could not be written (a full disk).
         """
         most, keys = 0, _keys(batch)
-        for encoder, cache in self.caches.items():
+        for encoder, cache in self._caches_for(captioned=batch.captions[0] is not None).items():
             if cache.full:
                 cache.flush()
             missing = set(cache.missing(keys))

@@ -98,6 +98,26 @@ def test_dropping_masked_tokens_trains_as_hiding_them_does(
     assert int(encoders.prefixes.dropped) == 0
 
 
+@pytest.mark.parametrize("mode", ["zero", "hide", "drop"])
+def test_the_mllms_eye_sees_no_sample_that_a_caption_conditions(
+    world, frozen, tmp_path, mesh: Mesh, monkeypatch, mode: str
+):
+    cache = {"condition__mask_mode": mode, "data__cache_dir": str(tmp_path / "cache")}
+    config = config_of(world, frozen, tmp_path, "internvl", "flux", **cache)
+    encoders = Encoders(config, torch.device("cpu"))
+    system = build(config, encoders.shapes, mesh)
+    seen, vision = [], encoders.mllm.vision
+    monkeypatch.setattr(encoders.mllm, "vision", lambda image: [seen.append(len(image)), vision(image)][1])
+    mixed, pairs = encoders.encode(batch()), encoders.encode(batch().take([1]))
+    assert sum(seen) == 2 and pairs.patches_BNF is None
+    everything = encoders.encode(batch(), captioned_too=True)
+    assert sum(seen) == 3
+    loss_B = training_loss(system, encoders, mixed)
+    assert torch.equal(loss_B, training_loss(system, encoders, everything))
+    alone_B = training_loss(system, encoders, pairs)
+    torch.testing.assert_close(alone_B, loss_B[1:2], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("mllm", MLLMS)
 def test_cached_patch_tokens_keep_their_deepstack_features(world, frozen, tmp_path, mllm: str):
     plain = Encoders(config_of(world, frozen, tmp_path, mllm, "flux"), torch.device("cpu")).encode(batch())

@@ -27,6 +27,7 @@ from iomm.conditioning.prefix import EncodedPrefix, PackedPrefix, PaddedPrefix, 
 from iomm.conditioning.ragged import position_ids
 from iomm.conditioning.vision import InternVLVision, QwenVision, Vision
 from iomm.config import MllmConfig
+from iomm.errors import first_line
 
 # By the `model_type` of config.json.
 VISION: dict[str, Callable[[Any, int | None, Mapping[str, Any]], Vision]] = {
@@ -226,7 +227,7 @@ def open_mllm(config: MllmConfig, dtype: torch.dtype, device: torch.device) -> F
         tokenizer = AutoTokenizer.from_pretrained(config.path, **safe)
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(config.path, revision=revision)
     except OSError as error:
-        raise _missing(config, str(error).strip().splitlines()[0].rstrip(".")) from error
+        raise _missing(config, first_line(error)) from error
     return FrozenMllm(model.to(device), tokenizer, preprocessing, config)
 
 

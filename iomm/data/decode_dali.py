@@ -26,6 +26,7 @@ from iomm.data.decode_cpu import CpuDecoder, crop_and_size, is_plain_jpeg, plane
 from iomm.data.decode_header import Header, probe
 from iomm.data.errors import BadSample
 from iomm.data.view import View
+from iomm.errors import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -101,8 +102,7 @@ class DaliDecoder:
             return self._pipeline.run(files, views, headers)
         except RuntimeError as error:
             self._pipeline = None
-            first = (str(error).strip().splitlines() or [repr(error)])[0]
-            _log.warning("DALI failed on a call of %d files: %s", len(files), first)
+            _log.warning("DALI failed on a call of %d files: %s", len(files), first_line(error))
             return None
 
     def _place(self, result: Tensor | BadSample) -> Tensor | BadSample:

@@ -70,6 +70,7 @@ class Copying:
 
 def _prefixes(encoders: Encoders, item: Encoded) -> Iterator[tuple[str, Prefix]]:
     builder, batch = encoders.prefixes, item.batch
+    assert item.patches_BNF is not None, "held-out samples are encoded with captioned_too=True"
     keep = keep_tokens(EVAL_SEED, batch.index_B, encoders.mllm.image_tokens, builder.config.mask_ratio)
     yield "image", builder.for_images(item.patches_BNF, keep)
     yield "text", builder.for_text([caption or builder.config.null_prompt for caption in batch.captions])
@@ -83,7 +84,7 @@ def heldout_loss(
     """Held-out velocity loss.
 
     Args:
-        items: this rank's held-out batches, encoded.
+        items: this rank's held-out batches, encoded with `captioned_too`.
         samples: held-out samples on all data-parallel ranks together.
     """
     timesteps = evaluation_timesteps()

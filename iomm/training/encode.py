@@ -127,7 +127,7 @@ def _batches(
             return True
         content_hash, view = shown
         views = [view, dataclasses.replace(view, flip=True)] if config.data.flip else [view]
-        return any(encoders.lacks(content_hash, view) for view in views)
+        return any(encoders.lacks(content_hash, view, captioned=kind == "pair") for view in views)
 
     wanted = list(filter(lacking, numbers))
     size, threads = config.train.micro_batch_images, config.data.decode_threads

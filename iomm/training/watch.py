@@ -64,7 +64,8 @@ class Watch:
         samples, size = config.train.eval_images, config.train.micro_batch_images
         batch = loader.heldout(samples)
         mine = list(range(mesh.dp_rank, samples, mesh.dp_size))
-        items = [encoders.encode(batch.take(mine[i : i + size])) for i in range(0, len(mine), size)]
+        parts = [batch.take(mine[i : i + size]) for i in range(0, len(mine), size)]
+        items = [encoders.encode(part, captioned_too=True) for part in parts]
         seen, heldout = example_prompts(config.data, GRID_IMAGES)
         grid_batch = batch.take(spaced(GRID_IMAGES, samples))
         return cls(config, encoders, mesh, items, samples, grid_batch, seen + heldout)

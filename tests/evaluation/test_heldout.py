@@ -24,9 +24,9 @@ def opened(world, tmp_path_factory):
 def test_the_loss_is_the_same_each_time_and_however_the_samples_are_batched(opened):
     config, encoders, system, batch = opened
     mesh = start(config.parallel)
-    whole = heldout_loss(system, encoders, [encoders.encode(batch)], mesh, 8)
-    assert heldout_loss(system, encoders, [encoders.encode(batch)], mesh, 8) == whole
-    parts = [encoders.encode(batch.take(rows)) for rows in (range(3), range(3, 8))]
+    whole = heldout_loss(system, encoders, [encoders.encode(batch, captioned_too=True)], mesh, 8)
+    assert heldout_loss(system, encoders, [encoders.encode(batch, captioned_too=True)], mesh, 8) == whole
+    parts = [encoders.encode(batch.take(rows), captioned_too=True) for rows in (range(3), range(3, 8))]
     split = heldout_loss(system, encoders, parts, mesh, 8)
     for name in whole.mean:
         assert split.by_timestep[name] == pytest.approx(whole.by_timestep[name], rel=1e-4)
@@ -34,7 +34,7 @@ def test_the_loss_is_the_same_each_time_and_however_the_samples_are_batched(open
 
 def test_a_trained_model_is_better_than_one_that_predicts_nothing(opened):
     config, encoders, system, batch = opened
-    mesh, items = start(config.parallel), [encoders.encode(batch)]
+    mesh, items = start(config.parallel), [encoders.encode(batch, captioned_too=True)]
     trained = heldout_loss(system, encoders, items, mesh, 8).mean["image"]
     out = system.generator.out
     kept = [p.clone() for p in out.parameters()]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from iomm.errors import first_line
 from iomm.evaluation.benches.judges import model_identity
 from iomm.evaluation.benches.layout import BenchError, named
 from iomm.evaluation.benches.rules import COLORS, Thing
@@ -65,9 +66,9 @@ class Detector:
             try:
                 return kind.from_pretrained(folder, local_files_only=True, **settings)
             except (OSError, ValueError) as error:
-                problem = (str(error).strip().splitlines() or [repr(error)])[0]
                 raise BenchError(
-                    f"no {kind.__name__} in {folder} ({problem}). Give a folder in the Hugging Face layout."
+                    f"no {kind.__name__} in {folder} ({first_line(error)}). Give a folder in the "
+                    "Hugging Face layout."
                 ) from error
 
         self.device = device

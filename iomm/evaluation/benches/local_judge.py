@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from iomm.errors import first_line
 from iomm.evaluation.benches.judges import MAX_TOKENS, Ask, model_identity
 from iomm.evaluation.benches.layout import BenchError
 
@@ -33,10 +34,9 @@ class LocalJudge:
             try:
                 return kind.from_pretrained(folder, local_files_only=True, **settings)
             except (OSError, ValueError, ImportError) as error:
-                problem = (str(error).strip().splitlines() or [repr(error)])[0]
                 raise BenchError(
-                    f"no {what} can be had from --judge-folder {folder} ({problem}). Give a folder in the "
-                    "Hugging Face layout, or serve the model and give --judge-url."
+                    f"no {what} can be had from --judge-folder {folder} ({first_line(error)}). Give a "
+                    "folder in the Hugging Face layout, or serve the model and give --judge-url."
                 ) from error
 
         self.device, self._one = device, threading.Lock()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iomm.conditioning.prefix import Prefix
 from iomm.encoders import Encoders
-from iomm.flow.sampler import Guided, GuidedEdit, Method, Sampled, Velocity, sample, trajectory
+from iomm.flow.sampler import Guided, GuidedEdit, Method, Velocity, sample, trajectory
 from iomm.random import Stream
 from iomm.system import System
 
@@ -155,22 +155,6 @@ def watch(
             yield number, encoders.codec.decode(step.x_BLC)
         elif number % every == 0:
             yield number, encoders.codec.decode(step.clean_BLC)
-
-
-def generate(
-    system: System,
-    encoders: Encoders,
-    prefix: Prefix,
-    null: Prefix,
-    noise_BLC: Tensor,
-    *,
-    steps: int,
-    guidance: float,
-    method: Method = "euler",
-) -> Sampled:
-    """Latents for a condition, guided against the null condition."""
-    task = _guided(system, encoders, prefix, null, noise_BLC, guidance)
-    return sample(task.velocity, noise_BLC, steps=steps, method=method, shift=system.config.flow.shift)
 
 
 def paint(

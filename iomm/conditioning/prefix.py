@@ -75,11 +75,6 @@ class PackedPrefix:
         return self.packed.row_BP >= 0
 
     @property
-    def dropped(self) -> Tensor:
-        """Tokens that found no row, a number on the device."""
-        return self.packed.dropped
-
-    @property
     def read(self) -> tuple[Tensor, Packed]:
         """What the query adapter reads: embeddings, and where each sample's begin and end."""
         return self.c_TD, self.packed

@@ -141,11 +141,6 @@ class Loader:
         self._schedule.check_micro_batch(images)
 
     @property
-    def bad_samples(self) -> int:
-        """How many samples were found that cannot be used; each one was reported."""
-        return self._reader.bad_samples
-
-    @property
     def rescued(self) -> int:
         """Calls of the decoder that failed and were decoded another way."""
         return self._decoder.rescued

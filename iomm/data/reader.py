@@ -65,11 +65,6 @@ class SampleReader:
         self._readings: dict[int, Reading] = {}  # by thread
 
     @property
-    def bad_samples(self) -> int:
-        """How many samples were found that cannot be used."""
-        return len(self._reported)
-
-    @property
     def readings(self) -> list[Reading]:
         """What threads are reading at this moment; any thread may ask."""
         return list(self._readings.values())

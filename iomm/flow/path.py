@@ -43,11 +43,6 @@ def to_velocity(
     return (x_t_BLC - output_BLC) / _like(t_B, x_t_BLC).clamp_min(min_timestep)
 
 
-def to_clean(velocity_BLC: Tensor, x_t_BLC: Tensor, t_B: Tensor) -> Tensor:
-    """The data end of the straight line through x_t with this velocity: x = x_t - t v."""
-    return x_t_BLC - _like(t_B, x_t_BLC) * velocity_BLC
-
-
 def patchify(latent_BCHW: Tensor, patch: int) -> Tensor:
     """Latent (B, C, H, W) -> tokens (B, H/p * W/p, C * p * p), row by row, channels first inside a token:
     FLUX's packing.

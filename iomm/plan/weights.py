@@ -226,14 +226,6 @@ def newton_schulz_flops(weights: Mapping[str, Weight], steps: int) -> float:
     return total
 
 
-def buffer_numbers(weights: Mapping[str, Weight], replicas: int) -> int:
-    """Numbers in Megatron's gradient buffer of one bucket: weights start at multiples of 64, the end is a
-    multiple of 128 and of the ranks it is reduced over."""
-    aligned = sum(-(-w.numbers // 64) * 64 for w in weights.values() if w.trained)
-    divisor = math.lcm(replicas, 128)
-    return -(-aligned // divisor) * divisor
-
-
 def codec_weights(shape: CodecShape) -> int:
     """Numbers in `AutoencoderKL`, encoder and decoder."""
 

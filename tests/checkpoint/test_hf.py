@@ -19,8 +19,9 @@ from iomm.checkpoint.sharded import CheckpointError
 from iomm.checkpoint.streaming import SafetensorsReader
 from iomm.cli import main
 from iomm.encoders import Encoders
+from iomm.flow.sampler import sample
 from iomm.random import Stream, normal
-from iomm.sampling import generate, paint
+from iomm.sampling import paint, painting
 from iomm.system import System
 from iomm.training.train import train
 from tests.random_run import Z_IMAGE, save_random_run
@@ -94,10 +95,8 @@ def painted(exported, tmp_path_factory):
 @pytest.mark.parametrize("name", ["trained", "z_image", "all_tokens"])
 def test_a_process_without_iomm_paints_the_same_pictures(runs, exported, painted, name):
     _, encoders, system = open_generator(runs[name], ema=True)
-    builder, noise = encoders.prefixes, encoders.noise(3, Stream.SAMPLE, torch.arange(len(PROMPTS)))
-    null = builder.for_text([builder.config.null_prompt] * len(PROMPTS))
-    prefix = builder.for_text(PROMPTS)
-    ours = generate(system, encoders, prefix, null, noise, steps=3, guidance=3.0).x_BLC
+    task, shift = painting(system, encoders, PROMPTS, seed=3, guidance=3.0), system.config.flow.shift
+    ours = sample(task.velocity, task.noise_BLC, steps=3, method="euler", shift=shift).x_BLC
     theirs = painted[str(exported[name])]
     assert (theirs["latents"] - ours).abs().max() <= 1e-4 * ours.abs().max()
     pictures = paint(system, encoders, PROMPTS, seed=3, steps=3, guidance=3.0).permute(0, 2, 3, 1)

@@ -68,7 +68,7 @@ def test_tokens_that_find_no_row_are_counted_and_nobody_attends_to_them(mllm, ca
     capacity(-1)
     build = builder(mllm)
     cut = build.for_images(patches, keep)
-    assert int(cut.dropped) == int(build.dropped) == 1
+    assert int(cut.packed.dropped) == int(build.dropped) == 1
     build.for_images(patches, keep)
     assert int(build.dropped) == 2
     keep[-1, keep[-1].nonzero()[-1]] = False

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from iomm.config import ParallelConfig
 from iomm.encoders import Shapes
@@ -11,7 +10,6 @@ from iomm.parallel.mesh import Mesh
 from iomm.plan.shapes import FLUX_VAE, INTERNVL3_2B
 from iomm.plan.step import stages_of
 from iomm.plan.weights import (
-    buffer_numbers,
     codec_weights,
     conditioner_weights,
     generator_weights,
@@ -108,20 +106,6 @@ def test_bytes_equal_what_the_engine_holds(precision, kind, mesh: Mesh):
 
 def _bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3, 64])
-def test_gradient_buffer_has_megatrons_padding(replicas, mesh: Mesh):
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    weights = generator_weights(FLUX, 1, stages_of(small_work())[0])
-    with torch.device("meta"):
-        parameters = [nn.Parameter(torch.empty(w.shape)) for w in weights.values() if w.trained]
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    layout = DistributedOptimizer.compute_full_param_layout(parameters, None, replicas, settings)
-    (buffer,) = layout.layouts.values()
-    assert buffer.bucket_indices[-1][1] == buffer_numbers(weights, replicas)
 
 
 def test_muon_takes_hidden_matrices_and_leaves_the_ends_to_adamw():

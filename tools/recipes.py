@@ -292,9 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.only_table:
         if "mllm" in sets and not (OTHER_MLLM / "model.safetensors").is_file():
             parser.error(
-                f"--set mllm needs a tiny MLLM in {OTHER_MLLM}, which has none. To train one (hours): "
+                f"--set mllm needs a tiny MLLM in {OTHER_MLLM}, which has none. To train one (45 min): "
                 "python -m examples.tiny.train_mllm --aligned --init examples/tiny/mllm --keep last "
-                f"--steps 4000 --vision-steps 5000 --out {OTHER_MLLM.relative_to(ROOT)}"
+                f"--steps 2200 --vision-steps 4000 --out {OTHER_MLLM.relative_to(ROOT)}"
             )
         try:
             bench.make_shards(arguments.images, PAIRS)

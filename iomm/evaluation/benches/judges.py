@@ -29,6 +29,7 @@ TIMEOUT_S = 180.0
 MAX_TOKENS = 2000
 _OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"}
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+_FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked"}  # error codes of HTTP 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ class Endpoint:
         self._open = urllib.request.build_opener(_NoRedirect).open
 
     def ask(self, ask: Ask) -> str:
-        """The model's answer, with temperature 0.
+        """The model's answer, with temperature 0. Empty, as one that nobody can read, where a content filter
+        stands before the model: asked again it would say the same.
 
         Raises:
             BenchError: refused, or not to be had after several attempts.
@@ -88,7 +90,10 @@ class Endpoint:
                 with self._open(self._request(ask), timeout=TIMEOUT_S) as response:
                     return _answer(json.loads(response.read()))
             except urllib.error.HTTPError as error:
-                error.close()
+                with error:
+                    filtered = error.code == 400 and _error_code(error) in _FILTERED
+                if filtered:
+                    return ""
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code not in _AGAIN:
                     wrong = "Are URL and model right, and is the question one that it takes?"
@@ -170,6 +175,15 @@ def model_identity(folder: Path) -> str:
         with file.open("rb") as data:
             total.update(f"{file.name}\0".encode() + hashlib.file_digest(data, "sha256").digest())
     return total.hexdigest()[:12]
+
+
+def _error_code(error: urllib.error.HTTPError) -> str | None:
+    """The code that an OpenAI-compatible endpoint gives in the body of a refusal."""
+    try:
+        code = json.loads(error.read())["error"]["code"]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        return None  # another body, or none: the status says what it can
+    return code if isinstance(code, str) else None
 
 
 def _answer(response: Any) -> str:

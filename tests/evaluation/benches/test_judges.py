@@ -102,6 +102,18 @@ def test_an_answer_without_content_is_one_that_nobody_can_read(fake_endpoint):
     assert Endpoint(fake_endpoint.url, "m").ask(ASK) == "" and len(fake_endpoint.requests) == 1
 
 
+def test_a_question_that_a_content_filter_stops_has_an_empty_answer_and_other_refusals_have_none(
+    fake_endpoint,
+):
+    body = {"error": {"code": "content_filter", "message": "The prompt was filtered."}}
+    fake_endpoint.replies = [(400, json.dumps(body))]
+    assert Endpoint(fake_endpoint.url, "m").ask(ASK) == "" and len(fake_endpoint.requests) == 1
+    for other in (json.dumps({"error": {"code": "model_not_found"}}), '{"error": "no"}', "[]", ""):
+        fake_endpoint.replies = [(400, other)]
+        with pytest.raises(BenchError, match=r"HTTP 400.*Are URL and model right"):
+            Endpoint(fake_endpoint.url, "m").ask(ASK)
+
+
 def test_judges_of_one_host_are_told_apart_by_their_path():
     one, other = (Endpoint(f"https://user:secret@host:1/{path}/v1/?key=secret", "m") for path in "ab")
     assert (one.name, other.name) == ("m at host:1/a/v1", "m at host:1/b/v1")

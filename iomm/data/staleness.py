@@ -27,9 +27,11 @@ def refuse_stale(indexes: Sequence[Index]) -> None:
                     f"{index.renewal()}"
                 )
             if is_stale(shard.stamp, now[path]):
+                same_size = shard.stamp.size_bytes == now[path].size_bytes
+                hint = ". If it is a copy: cp -a and rsync -a keep the time" if same_size else ""
                 raise StaleIndex(
                     f"{path}: its index {index.path} is stale: made for {_describe(shard.stamp)}, the shard "
-                    f"has {_describe(now[path])}. Renew it: {index.renewal()}"
+                    f"has {_describe(now[path])}. Renew it: {index.renewal()}{hint}"
                 )
 
 

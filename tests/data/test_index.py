@@ -127,10 +127,13 @@ def test_a_run_on_indexed_shards_has_the_samples_of_one_without(damaged, tmp_pat
     assert before[1] == {"b", "e", "g"}
 
 
-@pytest.mark.parametrize("change", [touch, lambda path: Path(path).write_bytes(b"\0" * 10240 * 3)])
-def test_a_stale_index_is_refused_with_the_command_that_renews_it(indexed, change):
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [(touch, r"\. If it is a copy: cp -a "), (lambda path: Path(path).write_bytes(b"\0" * 10240 * 3), "$")],
+)
+def test_a_stale_index_is_refused_with_the_command_that_renews_it(indexed, change, hint):
     change(indexed)
-    with pytest.raises(StaleIndex, match=rf"is stale: .* Renew it: iomm shard index {indexed}"):
+    with pytest.raises(StaleIndex, match=rf"is stale: .* Renew it: iomm shard index {indexed}{hint}"):
         ShardSet.open([indexed])
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from iomm.evaluation.runlog import read_run
 from iomm.presets import b, large, xl
 from iomm.system import System
 from iomm.training import notes
+from iomm.training.progress import TrainingProgress
 from iomm.training.train import train
 from iomm.training.trainer import TrainingAborted
 from iomm.training.watch import Watch
@@ -228,6 +231,26 @@ def test_an_unreadable_image_is_replaced_counted_and_named(world, tmp_path):
     (event,) = events(config.run_dir, "bad_sample")
     assert "i3" in event["detail"]
     assert sorted(losses(config.run_dir)) == list(range(1, 13))
+
+
+def test_a_run_stopped_between_two_lines_of_its_log_has_listed_what_it_could_not_read(
+    world, tmp_path, monkeypatch
+):
+    members = [(f"i{i}.png", draw_png(i)) for i in range(10)]
+    members[3] = ("i3.png", draw_png(3)[:60])
+    shard = write_shard(tmp_path / "damaged.tar", members)
+    settings = {"data__images": [str(shard)], "train__log_every_steps": 100}
+    config, update = small_config(world, tmp_path, **settings), TrainingProgress.update
+
+    def stop_at_3(screen, step, *what):
+        update(screen, step, *what)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "update", stop_at_3)
+    assert train(config).step == 3
+    (entry,) = [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert entry["key"] == "i3" and not losses(config.run_dir)
 
 
 def test_the_bad_samples_of_all_ranks_are_listed_each_once(monkeypatch):

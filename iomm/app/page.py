@@ -43,13 +43,18 @@ class _Controls:
         return [self.steps, self.seed, self.method]
 
     def on_run(self, make: Callable[..., Iterator[Shown]], inputs: list[Any]) -> None:
-        """Show what `make` yields when the button is pressed, until it is stopped: at the next preview, for
-        a step that runs cannot be interrupted."""
+        """Show what `make` yields when the button is pressed, until it is stopped: before it begins, or at
+        the next preview, for a step that runs cannot be interrupted."""
         stopped: set[str] = set()  # sessions
 
-        def run(request: gr.Request, *values: Any) -> Iterator[Shown]:
+        def pressed(request: gr.Request) -> None:
+            stopped.discard(str(request.session_hash))
+
+        def run(request: gr.Request, *values: Any) -> Iterator[Shown | tuple[Any, str]]:
             session = str(request.session_hash)
-            stopped.discard(session)
+            if session in stopped:
+                yield gr.skip(), "stopped while it waited"
+                return
             for image, said in make(*values):
                 if session in stopped:
                     yield image, f"{said}; stopped"
@@ -59,7 +64,7 @@ class _Controls:
         def stop(request: gr.Request) -> None:
             stopped.add(str(request.session_hash))
 
-        self.run.click(
+        self.run.click(pressed, queue=False, api_visibility="private").then(
             run,
             [*inputs, *self.sampling],
             [self.picture, self.status],

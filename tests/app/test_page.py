@@ -37,7 +37,6 @@ def address(world, mesh, tmp_path_factory) -> Iterator[str]:
                 (uploads,) = folder.glob("iomm-app-*")
                 assert uploads.stat().st_mode & 0o777 == 0o700
                 yield found[1]
-                assert list(uploads.rglob("image.png"))
                 process.terminate()
                 process.communicate()
                 assert process.returncode == 143 and not uploads.exists()
@@ -120,13 +119,36 @@ def test_a_user_watches_a_trajectory_and_stops_it(page):
     assert picture(page, "prompt").startswith(b"\x89PNG")
 
 
-def test_an_uploaded_image_is_reconstructed_from_the_tokens_left_by_the_painted_mask(page, image):
+def test_a_user_who_waits_for_another_can_stop_before_it_begins(page, address):
+    page.get_by_role("tab", name="Prompt").click()
+    set_number(page, "prompt-steps", 250)
+    page.begun += 1
+    page.click("#prompt-run")
+    page.locator("#prompt-status", has_text="step ").wait_for()
+    other = page.context.browser.new_page()
+    other.goto(address)
+    other.fill("#prompt textarea", "red ball")
+    other.click("#prompt-run")
+    other.locator("#prompt-picture", has_text="queue").wait_for()
+    other.click("#prompt-stop")
+    page.click("#prompt-stop")
+    other.locator("#prompt-status", has_text="stopped while it waited").wait_for()
+    assert not other.locator("#prompt-picture img").count()
+    other.close()
+    set_number(page, "prompt-steps", 2)
+    assert picture(page, "prompt").startswith(b"\x89PNG")
+
+
+def test_an_uploaded_image_is_reconstructed_from_the_tokens_left_by_the_painted_mask(
+    page, image, tmp_path_factory
+):
     page.get_by_role("tab", name="Reconstruct").click()
     tokens, hidden = (page.locator(f"#reconstruct-grid i{which}") for which in ("", ".hidden-token"))
     set_number(page, "reconstruct-mask-ratio", 1)
     hidden.nth(3).wait_for()
     page.set_input_files("#reconstruct-upload input[type=file]", image)
     page.locator("#reconstruct-upload img").wait_for()
+    assert list(tmp_path_factory.getbasetemp().glob("page*/iomm-app-*/**/image.png"))  # gone at the end
     set_number(page, "reconstruct-mask-ratio", 0)
     hidden.first.wait_for(state="detached")
     assert tokens.count() == 4

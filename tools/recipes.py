@@ -4,7 +4,7 @@ both, scored on the shapes world.
     python tools/recipes.py                       what is missing of the six, two seeds (`make recipes`)
     python tools/recipes.py --set ablation        raw condition, + residual query adapter, + mask
     python tools/recipes.py --set mask --set mix  sweeps of the mask ratio and the mix ratio
-    python tools/recipes.py --set mllm            images first, with the MLLM in runs/recipes/mllm
+    python tools/recipes.py --set mllm            the six, with the MLLM in runs/recipes/mllm
     python tools/recipes.py --only-table          table and figure of what there is
 
 Runs that share a first stage share its run. Every run is a process of its own on one core, `--jobs` at a
@@ -98,9 +98,9 @@ def mix_sweep(seeds: int) -> list[Run]:
 
 
 def other_mllm(seeds: int) -> list[Run]:
-    """The three recipes with images first, conditioned by the MLLM in `OTHER_MLLM`."""
+    """The six recipes, conditioned by the MLLM in `OTHER_MLLM`."""
     settings = (f"mllm.path={OTHER_MLLM}",)
-    return [Run("image", b, s, "mllm", settings) for s in range(seeds) for b in get_args(Stream)]
+    return [Run(run.first, run.second, run.seed, "mllm", settings) for run in six(seeds)]
 
 
 MAKE: dict[str, Callable[[int], list[Run]]] = dict(

@@ -44,6 +44,11 @@ class Row:
     # timesteps, and over all but the smallest, which is half of the mean and little of it the caption's.
     losses: list[tuple[float, float]]
 
+    @property
+    def paper(self) -> float | None:
+        """The paper's GenEval of the recipe, whatever MLLM of ours conditioned it."""
+        return PAPER.get(self.name.removesuffix(" mllm"))
+
 
 def rows(bench: Bench, runs: Sequence[Run]) -> list[Row]:
     """A row for every recipe of which each seed has a score; the others are left out."""
@@ -159,7 +164,7 @@ def _table(found: Sequence[Row], heading: str, missing: int) -> str:
             cells.append(f"{i.mean:.2f} ({i.low:.2f} - {i.high:.2f})")
         cells += [f"{row.categories[c]:.2f}" for c in CATEGORIES]
         cells += [f"{loss:.3f}" for loss in np.mean(row.losses, axis=0)]
-        cells.append(f"{PAPER[row.name]:.2f}" if row.name in PAPER else "")
+        cells.append("" if row.paper is None else f"{row.paper:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     if missing:
         lines += ["", f"{missing} more are not trained yet."]
@@ -178,8 +183,8 @@ def _figure(found: Sequence[Row]) -> Figure:
         axes.plot(
             row.by_seed, [y - 0.2] * row.seeds, ".", color="#56B4E9", label="each seed" if y == 0 else None
         )
-        if row.name in PAPER:
-            axes.plot(PAPER[row.name], y, "D", color="#D55E00", label="paper, GenEval" if y == 0 else None)
+        if row.paper is not None:
+            axes.plot(row.paper, y, "D", color="#D55E00", label="paper, GenEval" if y == 0 else None)
     axes.set_yticks(places, [row.name for row in found])
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of correct pictures")

@@ -153,7 +153,11 @@ def test_another_mllm_that_is_not_there_is_asked_for_with_the_command_that_train
     with pytest.raises(SystemExit):
         main(["--set", "mllm"])
     assert "python -m examples.tiny.train_mllm --aligned" in capsys.readouterr().err
-    origin = other_mllm(1)[0].origin
+    runs = other_mllm(2)
+    assert [(run.first, run.second, run.seed) for run in runs] == [
+        (r.first, r.second, r.seed) for r in six(2)
+    ]
+    origin = runs[0].origin
     assert origin is not None
     assert origin.config().mllm.path == str(tmp_path / "mllm")
 

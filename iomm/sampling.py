@@ -50,15 +50,24 @@ def _noise(encoders: Encoders, seed: int, first: int, pictures: int) -> Tensor:
 
 
 def painting(
-    system: System, encoders: Encoders, prompts: Sequence[str], *, seed: int, guidance: float, first: int = 0
+    system: System,
+    encoders: Encoders,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    guidance: float,
+    first: int = 0,
+    null: Prefix | None = None,
 ) -> Task:
     """Pictures of prompts. Picture i starts from the noise of (seed, first + i).
 
+    Args:
+        null: what guidance leads away from; None: the null prompt.
     Raises:
         ValueError: a prompt without tokens, or with too many.
     """
     builder = encoders.prefixes
-    null = builder.for_text([builder.config.null_prompt] * len(prompts))
+    null = null or builder.for_text([builder.config.null_prompt] * len(prompts))
     noise_BLC = _noise(encoders, seed, first, len(prompts))
     return _guided(system, encoders, builder.for_text(prompts), null, noise_BLC, guidance)
 

@@ -22,7 +22,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +30,18 @@ import torch
 
 from iomm.checkpoint.generator import open_generator
 from iomm.conditioning.adapter import ResidualQueryAdapter
-from iomm.conditioning.mask import keep_tokens
 from iomm.conditioning.prefix import Prefix
 from iomm.data.loader import Loader
 from iomm.encoders import Encoded, Encoders
-from iomm.evaluation.grid import image_grid, save_png
-from iomm.evaluation.heldout import EVAL_SEED
+from iomm.evaluation.heldout import EVAL_SEED, loss_by_timestep, masked_images
 from iomm.evaluation.shapes.detector import detect
+from iomm.evaluation.shapes.evaluation import save_sheet
 from iomm.evaluation.shapes.prompts import Prompt, benchmark
-from iomm.flow.loss import velocity_loss
-from iomm.flow.path import interpolate, velocity_target
-from iomm.flow.sampler import Guided, Velocity, sample
-from iomm.flow.timesteps import evaluation_timesteps
 from iomm.random import Stream
-from iomm.system import Condition, System
+from iomm.sampling import finish, painting
+from iomm.system import System
 
-STEPS, GUIDANCE, BATCH, SHOWN = 25, 3.0, 32, 48
+STEPS, GUIDANCE, BATCH = 25, 3.0, 32
 
 
 @dataclass(frozen=True)
@@ -95,14 +91,6 @@ def fixed_queries(system: System, prefix: Prefix) -> Iterator[None]:
         hook.remove()
 
 
-def masked_images(encoders: Encoders, item: Encoded, roll: int = 0) -> Prefix:
-    """The condition of each sample's own image, masked, or of the one so many samples before it."""
-    assert item.patches_BNF is not None, "samples are encoded with captioned_too=True"
-    builder, tokens = encoders.prefixes, encoders.mllm.image_tokens
-    keep_BN = keep_tokens(EVAL_SEED, item.batch.index_B, tokens, builder.config.mask_ratio)
-    return builder.for_images(item.patches_BNF.roll(roll, 0), keep_BN)
-
-
 @torch.no_grad()
 def gains(system: System, encoders: Encoders, item: Encoded) -> list[Gain]:
     """What images and captions tell, with adapted and with fixed queries.
@@ -112,9 +100,11 @@ def gains(system: System, encoders: Encoders, item: Encoded) -> list[Gain]:
     Raises:
         ValueError: a system without adapter.
     """
+    assert item.patches_BNF is not None
+    of_others = item.patches_BNF.roll(1, 0)
     captions = [caption or encoders.prefixes.config.null_prompt for caption in item.batch.captions]
     prefixes = {
-        "image": [masked_images(encoders, item, roll) for roll in (0, 1)],
+        "image": [masked_images(encoders, one) for one in (item, replace(item, patches_BNF=of_others))],
         "caption": [encoders.prefixes.for_text(texts) for texts in (captions, captions[-1:] + captions[:-1])],
     }
 
@@ -130,38 +120,28 @@ def gains(system: System, encoders: Encoders, item: Encoded) -> list[Gain]:
 
 
 def _loss(system: System, encoders: Encoders, item: Encoded, prefix: Prefix) -> float:
+    noise_BLC = encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
     condition = system.condition(encoders.mllm, prefix)
-    x_BLC, noise_BLC = item.latent_BLC, encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
-    losses = []
-    for t in evaluation_timesteps()[1:].tolist():
-        t_B = torch.full((len(x_BLC),), t, device=x_BLC.device)
-        velocity_BLC = system.velocity(interpolate(x_BLC, noise_BLC, t_B), t_B, condition)
-        losses.append(float(velocity_loss(velocity_BLC, velocity_target(x_BLC, noise_BLC)).mean()))
-    return sum(losses) / len(losses)
+    by_timestep = loss_by_timestep(system, item.latent_BLC, noise_BLC, condition)
+    return float(by_timestep[1:].mean()) / len(noise_BLC)
 
 
-@torch.no_grad()
-def paint(system: System, encoders: Encoders, prompts: Sequence[str], steps: int = STEPS) -> np.ndarray:
-    """Pictures of prompts, guided against the null of image samples: uint8 (N, H, W, 3)."""
-    builder, mllm = encoders.prefixes, encoders.mllm
-    height, width = (side * encoders.codec.token_px for side in encoders.grid)
+def paint(system: System, encoders: Encoders, item: Encoded, prompts: Sequence[str]) -> np.ndarray:
+    """Pictures of prompts, guided against the null of image samples: uint8 (N, H, W, 3).
+
+    Args:
+        item: has patch tokens, all of which the null masks.
+    """
+    assert item.patches_BNF is not None
     parts = []
     for first in range(0, len(prompts), BATCH):
         texts = prompts[first : first + BATCH]
-        blank = torch.zeros(len(texts), 3, height, width, dtype=torch.uint8)
-        all_masked = torch.zeros(len(texts), mllm.image_tokens, dtype=torch.bool)
-        null = builder.for_images(mllm.vision(blank.to(mllm.device)), all_masked)
-        both = [system.condition(mllm, prefix) for prefix in (builder.for_text(texts), null)]
-        with_text, without = (_velocity(system, condition) for condition in both)
-        noise_BLC = encoders.noise(0, Stream.SAMPLE, torch.arange(first, first + len(texts)))
-        guided, shift = Guided(with_text, without, GUIDANCE), system.config.flow.shift
-        x_BLC = sample(guided, noise_BLC, steps=steps, method="euler", shift=shift).x_BLC
-        parts.append(encoders.codec.decode(x_BLC).permute(0, 2, 3, 1).cpu().numpy())
+        patches_BNF = item.patches_BNF[:1].expand(len(texts), -1, -1)
+        all_masked = torch.zeros(patches_BNF.shape[:2], dtype=torch.bool)
+        null = encoders.prefixes.for_images(patches_BNF, all_masked)
+        task = painting(system, encoders, texts, seed=0, guidance=GUIDANCE, first=first, null=null)
+        parts.append(finish(system, encoders, task, steps=STEPS).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
-
-
-def _velocity(system: System, condition: Condition) -> Velocity:
-    return lambda x_BLC, t_B: system.velocity(x_BLC, t_B, condition)
 
 
 def hits(pictures_NHW3: np.ndarray, prompts: Sequence[Prompt]) -> list[Hits]:
@@ -215,18 +195,15 @@ def main(arguments: Sequence[str]) -> int:
             continue
         options.paint.mkdir(parents=True, exist_ok=True)
         texts = [prompt.text for prompt in prompts]
-        adapted = paint(system, encoders, texts)
+        adapted = paint(system, encoders, item, texts)
         with fixed_queries(system, masked_images(encoders, item)):
-            fixed = paint(system, encoders, texts)
+            fixed = paint(system, encoders, item, texts)
         for queries, pictures in (("adapted", adapted), ("fixed", fixed)):
             painted += [
                 f"| {run.name} | {queries} | {h.named} | {h.prompts} | {h.share:.2f} | {h.chance:.2f} |"
                 for h in hits(pictures, prompts)
             ]
-            spread = np.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().astype(int)
-            sheet = torch.from_numpy(pictures[spread]).permute(0, 3, 1, 2)
-            grid = image_grid(sheet, 8, [texts[n] for n in spread])
-            save_png(grid, options.paint / f"{run.name}-{queries}.png")
+            save_sheet(pictures, texts, options.paint / f"{run.name}-{queries}.png")
     sys.stdout.write("\n".join([*losses, "", *(painted if options.paint is not None else []), ""]))
     return 0
 

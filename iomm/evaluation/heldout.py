@@ -20,7 +20,7 @@ from iomm.flow.timesteps import evaluation_timesteps
 from iomm.parallel.mesh import Mesh
 from iomm.random import Stream
 from iomm.sampling import reconstruct
-from iomm.system import System
+from iomm.system import Condition, System
 
 EVAL_SEED = 20_260_316  # of noise and masks; fixed, so that runs with different seeds compare
 CONDITIONS = ("image", "text", "null")
@@ -68,13 +68,30 @@ class Copying:
         return None
 
 
+def masked_images(encoders: Encoders, item: Encoded) -> Prefix:
+    """The condition of each sample's own image under the held-out losses' mask."""
+    assert item.patches_BNF is not None, "held-out samples are encoded with captioned_too=True"
+    builder, tokens = encoders.prefixes, encoders.mllm.image_tokens
+    keep_BN = keep_tokens(EVAL_SEED, item.batch.index_B, tokens, builder.config.mask_ratio)
+    return builder.for_images(item.patches_BNF, keep_BN)
+
+
 def _prefixes(encoders: Encoders, item: Encoded) -> Iterator[tuple[str, Prefix]]:
     builder, batch = encoders.prefixes, item.batch
-    assert item.patches_BNF is not None, "held-out samples are encoded with captioned_too=True"
-    keep = keep_tokens(EVAL_SEED, batch.index_B, encoders.mllm.image_tokens, builder.config.mask_ratio)
-    yield "image", builder.for_images(item.patches_BNF, keep)
+    yield "image", masked_images(encoders, item)
     yield "text", builder.for_text([caption or builder.config.null_prompt for caption in batch.captions])
     yield "null", builder.for_text([builder.config.null_prompt] * len(batch.captions))
+
+
+def loss_by_timestep(system: System, x_BLC: Tensor, noise_BLC: Tensor, condition: Condition) -> Tensor:
+    """Velocity loss under a condition, summed over the samples: fp64, one a timestep, on the CPU."""
+    losses = []
+    for t in evaluation_timesteps().tolist():
+        t_B = torch.full((len(noise_BLC),), t, device=noise_BLC.device)
+        velocity_BLC = system.velocity(interpolate(x_BLC, noise_BLC, t_B), t_B, condition)
+        loss_B = velocity_loss(velocity_BLC, velocity_target(x_BLC, noise_BLC))
+        losses.append(loss_B.double().sum().cpu())
+    return torch.stack(losses)
 
 
 @torch.no_grad()
@@ -93,11 +110,7 @@ def heldout_loss(
         x_BLC, noise = item.latent_BLC, encoders.noise(EVAL_SEED, Stream.NOISE, item.batch.index_B)
         for row, (_, prefix) in enumerate(_prefixes(encoders, item)):
             condition = system.condition(encoders.mllm, prefix)
-            for column, t in enumerate(timesteps.tolist()):
-                t_B = torch.full((len(noise),), t, device=noise.device)
-                velocity = system.velocity(interpolate(x_BLC, noise, t_B), t_B, condition)
-                loss_B = velocity_loss(velocity, velocity_target(x_BLC, noise))
-                total[row, column] += loss_B.double().sum().cpu()
+            total[row] += loss_by_timestep(system, x_BLC, noise, condition)
     mean = mesh.mean_over_dp(total.to(mesh.device)).cpu() * mesh.dp_size / samples
     return HeldoutLoss(timesteps.tolist(), {name: mean[row].tolist() for row, name in enumerate(CONDITIONS)})
 

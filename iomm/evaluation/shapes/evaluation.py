@@ -92,13 +92,11 @@ def write_evaluation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "pictures.npy", images_NHW3)
-    spread = np.linspace(0, len(images_NHW3) - 1, min(_SHOWN, len(images_NHW3))).round().astype(int)
     captions = [
-        f"{'+' if found.verdicts[n].correct else '-'} {found.prompts[n // found.images_per_prompt].text}"
-        for n in spread
+        f"{'+' if verdict.correct else '-'} {found.prompts[n // found.images_per_prompt].text}"
+        for n, verdict in enumerate(found.verdicts)
     ]
-    sheet = torch.from_numpy(images_NHW3[spread]).permute(0, 3, 1, 2)
-    save_png(image_grid(sheet, 8, captions), folder / "pictures.png")
+    save_sheet(images_NHW3, captions, folder / "pictures.png")
     write_verdicts(found, folder / "verdicts.jsonl")
     record = {
         **about,
@@ -108,6 +106,14 @@ def write_evaluation(
         **found.to_dict(),
     }
     write_json(folder / "scores.json", record)
+
+
+def save_sheet(images_NHW3: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Some of the pictures, spread evenly over them, with their captions."""
+    places = np.linspace(0, len(images_NHW3) - 1, min(_SHOWN, len(images_NHW3))).round()
+    spread = [int(n) for n in places]
+    sheet = torch.from_numpy(images_NHW3[spread]).permute(0, 3, 1, 2)
+    save_png(image_grid(sheet, 8, [captions[n] for n in spread]), path)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
